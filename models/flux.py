@@ -1,0 +1,319 @@
+"""FLUX: a transformer that reads a noisy picture and a text, and returns the velocity from picture to noise.
+
+What    19 double blocks (text and image tokens have their own weights and meet in one attention), then
+        38 single blocks (one stream, attention and MLP in parallel). Rotary positions, adaptive LayerNorm.
+Base    16 latent channels in 2x2 patches: 64 numbers a token, 4,096 tokens at 1024 x 1024.
+DC-Gen  32 or 128 latent channels, one token a latent pixel: the same class with other `in_channels`. Only
+        `img_in` and `final_layer.linear` change shape; everything between them is the base's.
+Names   Tensors are named as in Black Forest Labs' single files; diffusers' names are mapped below.
+Source  github.com/black-forest-labs/flux (Apache 2.0), written anew from its names, shapes and numbers.
+
+Shapes: B batch, N image tokens, L text tokens, C latent channels, D width, h w latent grid, p patch,
+nh hd heads and their width.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPS = 1e-6  # of every norm
+ROPE_THETA = 10_000  # longest wavelength of a rotary axis: 2 pi theta tokens
+SINUSOID_CHANNELS = 256  # of the timestep and guidance embeddings
+MLP_RATIO = 4
+
+
+# ---- positions and embeddings
+
+
+def sinusoid(value: Tensor) -> Tensor:
+    """(B,) in [0, 1] -> (B, 256): cos and sin of 1000 * value * 10000^(-j / 128), in fp32."""
+    half = SINUSOID_CHANNELS // 2
+    index = torch.arange(half, device=value.device, dtype=torch.float32)
+    frequency = torch.exp(-math.log(10_000) * index / half)
+    angle = 1000 * value.float()[:, None] * frequency  # (B, 128)
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)  # (B, 256)
+
+
+def rope_table(
+    text_length: int, grid: tuple[int, int], axes: list[int], stride: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (L + N, 1, hd / 2), of the angles id * theta^(-2j / axis).
+
+    A token has three ids: (0, row, col) for the image, (0, 0, 0) for text. A token that covers
+    `stride` x `stride` tokens of the base sits at their centre.
+    """
+    # fp64 as in the reference: at row 255 an fp32 angle is off by 1e-5. Apple's GPUs have none.
+    exact = {"device": device, "dtype": torch.float32 if device.type == "mps" else torch.float64}
+    rows, cols = (torch.arange(n, **exact) * stride + (stride - 1) / 2 for n in grid)
+    row, col = torch.meshgrid(rows, cols, indexing="ij")  # (h', w') each
+    ids = torch.stack((torch.zeros_like(row), row, col)).flatten(1)  # (3, N)
+    ids = F.pad(ids, (text_length, 0))  # (3, L + N): text first
+    angles = [
+        position[:, None] * ROPE_THETA ** -(torch.arange(0, axis, 2, **exact) / axis)
+        for position, axis in zip(ids, axes)
+    ]
+    angle = torch.cat(angles, dim=-1)[:, None]  # (L + N, 1, hd / 2)
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair of neighbouring channels (2j, 2j + 1) by its token's angle: (B, N, nh, hd)."""
+    cos, sin = rope
+    even, odd = heads.unflatten(-1, (-1, 2)).unbind(-1)  # (B, N, nh, hd / 2) each
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+class MLPEmbedder(nn.Module):
+    """A vector to the width of the model: timestep, guidance and pooled text each have one."""
+
+    def __init__(self, in_dim: int, width: int):
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, width)
+        self.out_layer = nn.Linear(width, width)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(vector)))
+
+
+# ---- parts of a block
+
+
+class Modulation(nn.Module):
+    """adaLN: the condition gives (shift, scale, gate), each (B, 1, D), for each of `parts` branches."""
+
+    def __init__(self, width: int, parts: int):
+        super().__init__()
+        self.parts = parts
+        self.lin = nn.Linear(width, 3 * parts * width)
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+        return self.lin(condition)[:, None].chunk(3 * self.parts, dim=-1)
+
+
+def modulate(hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.layer_norm(hidden, hidden.shape[-1:], eps=EPS) * (1 + scale) + shift
+
+
+class RMSNorm(nn.Module):
+    """Unit mean square over each head. In fp32, and left there: the rotation follows."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, heads: Tensor) -> Tensor:
+        return F.rms_norm(heads.float(), self.scale.shape, self.scale.float(), EPS)
+
+
+class QKNorm(nn.Module):
+    """(B, N, 3D) -> q, k, v, each (B, N, nh, hd), with q and k normalised: logits stay bounded."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.query_norm = RMSNorm(head_dim)
+        self.key_norm = RMSNorm(head_dim)
+
+    def forward(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        head_dim = self.query_norm.scale.shape[0]
+        q, k, v = qkv.unflatten(-1, (3, -1, head_dim)).unbind(-3)
+        return self.query_norm(q), self.key_norm(k), v
+
+
+class SelfAttention(nn.Module):
+    """The projections of one stream; the attention itself is shared by both streams."""
+
+    def __init__(self, width: int, head_dim: int):
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        self.norm = QKNorm(head_dim)
+        self.proj = nn.Linear(width, width)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], attention: Callable
+) -> Tensor:
+    """q, k, v (B, L + N, nh, hd) -> (B, L + N, D)."""
+    q, k = rotate(q, rope).type_as(v), rotate(k, rope).type_as(v)
+    out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, nh, L + N, hd)
+    return out.transpose(1, 2).flatten(2)
+
+
+def clip(hidden: Tensor) -> Tensor:
+    """fp16 ends at 65504, and the residual streams of FLUX pass it."""
+    return hidden.clip(-65504, 65504) if hidden.dtype == torch.float16 else hidden
+
+
+# ---- blocks
+
+
+class DoubleStreamBlock(nn.Module):
+    """Text and image keep their own weights; one attention over [text, image] lets them meet."""
+
+    def __init__(self, width: int, head_dim: int):
+        super().__init__()
+        for stream in ("img", "txt"):
+            mlp = nn.Sequential(
+                nn.Linear(width, MLP_RATIO * width),
+                nn.GELU(approximate="tanh"),
+                nn.Linear(MLP_RATIO * width, width),
+            )
+            self.add_module(f"{stream}_mod", Modulation(width, parts=2))
+            self.add_module(f"{stream}_attn", SelfAttention(width, head_dim))
+            self.add_module(f"{stream}_mlp", mlp)
+
+    def forward(
+        self, img: Tensor, txt: Tensor, condition: Tensor, rope: tuple, attention: Callable
+    ) -> tuple[Tensor, Tensor]:
+        img_mod, txt_mod = self.img_mod(condition), self.txt_mod(condition)
+        img_shift, img_scale, img_gate, *img_mlp_mod = img_mod
+        txt_shift, txt_scale, txt_gate, *txt_mlp_mod = txt_mod
+
+        img_qkv = self.img_attn.qkv(modulate(img, img_shift, img_scale))  # (B, N, 3D)
+        txt_qkv = self.txt_attn.qkv(modulate(txt, txt_shift, txt_scale))  # (B, L, 3D)
+        streams = zip(self.txt_attn.norm(txt_qkv), self.img_attn.norm(img_qkv))
+        q, k, v = (torch.cat(pair, dim=1) for pair in streams)  # (B, L + N, nh, hd) each
+        joint = attend(q, k, v, rope, attention)  # (B, L + N, D)
+        txt_out, img_out = joint.split((txt.shape[1], img.shape[1]), dim=1)
+
+        img = img + img_gate * self.img_attn.proj(img_out)
+        txt = txt + txt_gate * self.txt_attn.proj(txt_out)
+        img_shift, img_scale, img_gate = img_mlp_mod
+        txt_shift, txt_scale, txt_gate = txt_mlp_mod
+        img = img + img_gate * self.img_mlp(modulate(img, img_shift, img_scale))
+        txt = txt + txt_gate * self.txt_mlp(modulate(txt, txt_shift, txt_scale))
+        return clip(img), clip(txt)
+
+
+class SingleStreamBlock(nn.Module):
+    """One stream [text, image]; attention and MLP read the same normed input, side by side."""
+
+    def __init__(self, width: int, head_dim: int):
+        super().__init__()
+        self.widths = (3 * width, MLP_RATIO * width)
+        self.linear1 = nn.Linear(width, sum(self.widths))  # qkv and the MLP's first layer
+        self.linear2 = nn.Linear(width + MLP_RATIO * width, width)  # proj and the MLP's second
+        self.norm = QKNorm(head_dim)
+        self.modulation = Modulation(width, parts=1)
+
+    def forward(
+        self, hidden: Tensor, condition: Tensor, rope: tuple, attention: Callable
+    ) -> Tensor:
+        shift, scale, gate = self.modulation(condition)
+        qkv, mlp = self.linear1(modulate(hidden, shift, scale)).split(self.widths, dim=-1)
+        attended = attend(*self.norm(qkv), rope, attention)  # (B, L + N, D)
+        mlp = F.gelu(mlp, approximate="tanh")  # (B, L + N, 4D)
+        hidden = hidden + gate * self.linear2(torch.cat((attended, mlp), dim=-1))
+        return clip(hidden)
+
+
+class LastLayer(nn.Module):
+    """Modulated LayerNorm, then back to latent channels."""
+
+    def __init__(self, width: int, out_channels: int):
+        super().__init__()
+        self.linear = nn.Linear(width, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
+        # The SiLU of the Sequential holds a place in the checkpoint's names; it is in `condition`.
+        shift, scale = self.adaLN_modulation[1](condition)[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(hidden, shift, scale))
+
+
+# ---- model
+
+
+class Flux(nn.Module):
+    def __init__(
+        self,
+        in_channels: int = 64,  # of a token: 64 = 16 latent channels x 2 x 2; others are unpatched
+        out_channels: int | None = None,  # None or in_channels
+        patch_size: int = 1,  # 1 in every official config, where the pipeline cuts the patches
+        num_layers: int = 19,  # double blocks
+        num_single_layers: int = 38,
+        num_attention_heads: int = 24,
+        attention_head_dim: int = 128,
+        joint_attention_dim: int = 4096,  # T5-XXL
+        pooled_projection_dim: int = 768,  # CLIP-L
+        guidance_embeds: bool = True,  # False: schnell
+        axes_dims_rope: tuple[int, ...] = (16, 56, 56),
+        position_stride: int = 1,  # ours: base tokens a side that one token covers
+    ):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.config["axes_dims_rope"] = list(axes_dims_rope)
+        assert out_channels in (None, in_channels), f"{out_channels=} must be {in_channels=}"
+        assert patch_size == 1, f"{patch_size=}: 2 x 2 patches are told by in_channels 64"
+        assert sum(axes_dims_rope) == attention_head_dim, (
+            f"axes_dims_rope={axes_dims_rope} must add up to attention_head_dim={attention_head_dim}"
+        )
+        self.patch_size = 2 if in_channels == 64 else 1
+        self.latent_channels = in_channels // self.patch_size**2
+        self.attention = F.scaled_dot_product_attention  # replaceable: q, k, v -> out
+
+        width = num_attention_heads * attention_head_dim
+        self.img_in = nn.Linear(in_channels, width)
+        self.txt_in = nn.Linear(joint_attention_dim, width)
+        self.time_in = MLPEmbedder(SINUSOID_CHANNELS, width)
+        self.vector_in = MLPEmbedder(pooled_projection_dim, width)
+        if guidance_embeds:
+            self.guidance_in = MLPEmbedder(SINUSOID_CHANNELS, width)
+        self.double_blocks = nn.ModuleList(
+            DoubleStreamBlock(width, attention_head_dim) for _ in range(num_layers)
+        )
+        self.single_blocks = nn.ModuleList(
+            SingleStreamBlock(width, attention_head_dim) for _ in range(num_single_layers)
+        )
+        self.final_layer = LastLayer(width, in_channels)
+
+    def embed(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) -> tokens (B, N, D). Embedding alignment regresses on this."""
+        p = self.patch_size
+        patches = latents.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # (B, C, h', p, w', p)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, N, C p p)
+        return self.img_in(patches)
+
+    def unpatchify(self, patches: Tensor, height: int, width: int) -> Tensor:
+        """(B, N, C p p) -> (B, C, h, w)."""
+        p = self.patch_size
+        grid = patches.unflatten(1, (height // p, width // p)).unflatten(3, (-1, p, p))
+        return grid.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # (B, C, h', p, w', p)
+
+    def condition(self, timestep: Tensor, guidance: Tensor | None, pooled_text: Tensor) -> Tensor:
+        """(B, D), the SiLU that every modulation begins with included."""
+        dtype = pooled_text.dtype
+        condition = self.time_in(sinusoid(timestep).to(dtype)) + self.vector_in(pooled_text)
+        if self.config["guidance_embeds"]:
+            assert guidance is not None, "this model is guidance-distilled: it needs guidance (B,)"
+            condition = condition + self.guidance_in(sinusoid(guidance).to(dtype))
+        return F.silu(condition)
+
+    def forward(
+        self,
+        noisy_latents: Tensor,  # (B, C, h, w)
+        timestep: Tensor,  # (B,) in [0, 1], 1 is noise
+        text: Tensor,  # (B, L, 4096)
+        pooled_text: Tensor,  # (B, 768)
+        guidance: Tensor | None = None,  # (B,), 3.5 means 3.5
+    ) -> Tensor:
+        height, width = noisy_latents.shape[2:]
+        p, length, dtype = self.patch_size, text.shape[1], self.img_in.weight.dtype
+        assert height % p == 0 and width % p == 0, (
+            f"latents of {height} x {width} cannot be cut into {p} x {p} patches"
+        )
+        img = self.embed(noisy_latents.to(dtype))  # (B, N, D)
+        txt = self.txt_in(text.to(dtype))  # (B, L, D)
+        condition = self.condition(timestep, guidance, pooled_text.to(dtype))  # (B, D)
+        grid, axes = (height // p, width // p), self.config["axes_dims_rope"]
+        rope = rope_table(length, grid, axes, self.config["position_stride"], img.device)
+
+        for block in self.double_blocks:
+            img, txt = block(img, txt, condition, rope, self.attention)
+        hidden = torch.cat((txt, img), dim=1)  # (B, L + N, D)
+        for block in self.single_blocks:
+            hidden = block(hidden, condition, rope, self.attention)
+        velocity = self.final_layer(hidden[:, length:], condition)  # (B, N, C p p)
+        return self.unpatchify(velocity, height, width).to(noisy_latents.dtype)
