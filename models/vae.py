@@ -1,0 +1,216 @@
+"""The FLUX autoencoder: 8x a side, 16 channels, a KL-regularised Gaussian latent."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+
+# ---- model
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, width: int, new_width: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, width, NORM_EPS)
+        self.conv1 = nn.Conv2d(width, new_width, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, new_width, NORM_EPS)
+        self.conv2 = nn.Conv2d(new_width, new_width, 3, padding=1)
+        self.nin_shortcut = nn.Identity() if width == new_width else nn.Conv2d(width, new_width, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:            # (B, width, h, w)
+        new = self.conv1(F.silu(self.norm1(hidden)))        # (B, new_width, h, w)
+        new = self.conv2(F.silu(self.norm2(new)))
+        return self.nin_shortcut(hidden) + new
+
+
+class AttnBlock(nn.Module):
+    """Every pixel of the coarsest grid looks at every other: one head as wide as the network."""
+
+    def __init__(self, width: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width, NORM_EPS)
+        self.q = nn.Conv2d(width, width, 1)
+        self.k = nn.Conv2d(width, width, 1)
+        self.v = nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:            # (B, D, h, w)
+        normed = self.norm(hidden)
+        query, key, value = (
+            conv(normed).flatten(2).mT[:, None] for conv in (self.q, self.k, self.v)
+        )                                                   # (B, 1, h w, D) each
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = mixed[:, 0].mT.unflatten(2, hidden.shape[-2:])  # (B, D, h, w)
+        return hidden + self.proj_out(mixed)
+
+
+class Mid(nn.Module):
+    def __init__(self, width: int, groups: int, attention: bool):
+        super().__init__()
+        self.block_1 = ResnetBlock(width, width, groups)
+        self.attn_1 = AttnBlock(width, groups) if attention else nn.Identity()
+        self.block_2 = ResnetBlock(width, width, groups)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(hidden)))
+
+
+class Downsample(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, hidden: Tensor) -> Tensor:            # (B, D, h, w) -> (B, D, h/2, w/2)
+        return self.conv(F.pad(hidden, (0, 1, 0, 1)))       # right and bottom only, as trained
+
+
+class Upsample(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, hidden: Tensor) -> Tensor:            # (B, D, h, w) -> (B, D, 2h, 2w)
+        return self.conv(F.interpolate(hidden, scale_factor=2, mode="nearest"))
+
+
+class DownLevel(nn.Module):
+    def __init__(self, width: int, new_width: int, depth: int, groups: int, last: bool):
+        super().__init__()
+        self.block = nn.Sequential(
+            *(ResnetBlock(width if j == 0 else new_width, new_width, groups) for j in range(depth))
+        )
+        self.downsample = nn.Identity() if last else Downsample(new_width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.downsample(self.block(hidden))
+
+
+class UpLevel(nn.Module):
+    def __init__(self, width: int, new_width: int, depth: int, groups: int, last: bool):
+        super().__init__()
+        self.block = nn.Sequential(
+            *(ResnetBlock(width if j == 0 else new_width, new_width, groups) for j in range(depth))
+        )
+        self.upsample = nn.Identity() if last else Upsample(new_width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.upsample(self.block(hidden))
+
+
+class Encoder(nn.Module):
+    def __init__(
+        self,
+        in_channels: int,
+        latent_channels: int,
+        widths: list[int],
+        depth: int,
+        groups: int,
+        attention: bool,
+    ):
+        super().__init__()
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.down = nn.Sequential(
+            *(
+                DownLevel(widths[max(i - 1, 0)], width, depth, groups, last=i + 1 == len(widths))
+                for i, width in enumerate(widths)
+            )
+        )
+        self.mid = Mid(widths[-1], groups, attention)
+        self.norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:            # (B, 3, H, W)
+        hidden = self.mid(self.down(self.conv_in(images)))  # (B, widths[-1], h, w)
+        return self.conv_out(F.silu(self.norm_out(hidden)))  # (B, 2C, h, w), mean and log variance
+
+
+class Decoder(nn.Module):
+    """`up` is indexed by resolution, 0 = full size, and runs from the last to the first."""
+
+    def __init__(
+        self,
+        out_channels: int,
+        latent_channels: int,
+        widths: list[int],
+        depth: int,
+        groups: int,
+        attention: bool,
+    ):
+        super().__init__()
+        self.conv_in = nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
+        self.mid = Mid(widths[-1], groups, attention)
+        self.up = nn.ModuleList(
+            UpLevel(widths[min(i + 1, len(widths) - 1)], width, depth, groups, last=i == 0)
+            for i, width in enumerate(widths)
+        )
+        self.norm_out = nn.GroupNorm(groups, widths[0], NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:           # (B, C, h, w)
+        hidden = self.mid(self.conv_in(latents))
+        for level in reversed(self.up):
+            hidden = level(hidden)                          # (B, widths[0], H, W) at the end
+        return self.conv_out(F.silu(self.norm_out(hidden)))  # (B, 3, H, W)
+
+
+class FluxVAE(nn.Module):
+    """The keywords are the keys of config.json in diffusers' format, the defaults FLUX's values."""
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        block_out_channels: list[int] = (128, 256, 512, 512),
+        layers_per_block: int = 2,
+        latent_channels: int = 16,
+        norm_num_groups: int = 32,
+        mid_block_add_attention: bool = True,
+        scaling_factor: float = 0.3611,
+        shift_factor: float | None = 0.1159,
+    ):
+        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__()
+        self.config = config
+        self.latent_channels, self.scaling_factor = latent_channels, scaling_factor
+        self.shift_factor = shift_factor or 0.0
+        self.stride = 2 ** (len(block_out_channels) - 1)
+        self.encoder = Encoder(
+            in_channels,
+            latent_channels,
+            block_out_channels,
+            layers_per_block,
+            norm_num_groups,
+            mid_block_add_attention,
+        )
+        self.decoder = Decoder(
+            out_channels,
+            latent_channels,
+            block_out_channels,
+            layers_per_block + 1,
+            norm_num_groups,
+            mid_block_add_attention,
+        )
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the raw (unscaled) latent; training needs both for its KL term."""
+        height, width = images.shape[-2:]
+        assert height % self.stride == 0 and width % self.stride == 0, (
+            f"image of {width}x{height}: both sides must be multiples of {self.stride}"
+        )
+        mean, logvar = self.encoder(images).chunk(2, 1)     # (B, C, h, w) each
+        return mean, logvar.clamp(-30, 20)                  # exp stays finite
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latents (B, C, h, w): the mean, or with a generator a sample."""
+        raw, logvar = self.moments(images)
+        if generator is not None:
+            noise = torch.randn(raw.shape, generator=generator, device=generator.device)
+            raw = raw + torch.exp(0.5 * logvar) * noise.to(raw)
+        return (raw - self.shift_factor) * self.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:            # (B, C, h, w) -> (B, 3, H, W)
+        return self.decoder(latents / self.scaling_factor + self.shift_factor)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.decode(self.encode(images))
