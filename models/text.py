@@ -1,11 +1,17 @@
 """Prompts to conditioning.
 
-A text encoder returns the tuple `cond` that its transformer takes after the timestep:
+A text encoder turns prompts into `cond`, the tuple that its transformer takes after the timestep:
     toy, FLUX   text (B, L, D), pooled_text (B, D')
     SANA        text (B, L, D), text_mask (B, L), True where a token is real
+The encoders are larger than what a GPU has left beside the transformer (T5-XXL: 4.8 B parameters), and
+prompts are few: `encode` loads them, uses them and frees them, and can keep the results in a file.
 """
 
+import gc
+import hashlib
 import re
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +19,29 @@ from torch import Tensor, nn
 from models import weights
 from models.weights import UserError
 
+Cond = tuple[Tensor, ...]
+
 PRESETS = {"toy": dict(path="models/toy/text.safetensors")}
+BATCH = 16  # prompts at a time through a large encoder
+
+# SANA puts this before a prompt, and shows its transformer only what Gemma made of the prompt itself.
+# The wording is part of the trained model (NVlabs/Sana, Apache 2.0; quotes as diffusers has them).
+INSTRUCTION = """\
+Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions \
+suitable for image generation. Evaluate the level of detail in the user prompt:
+- If the prompt is simple, focus on adding specifics about colors, shapes, sizes, textures, and \
+spatial relationships to create vivid and concrete scenes.
+- If the prompt is already detailed, refine and enhance the existing details slightly without \
+overcomplicating.
+Here are examples of how to transform or refine prompts:
+- User Prompt: A cat sleeping -> Enhanced: A small, fluffy white cat curled up in a round shape, \
+sleeping peacefully on a warm sunny windowsill, surrounded by pots of blooming red flowers.
+- User Prompt: A busy city street -> Enhanced: A bustling city street scene at dusk, featuring \
+glowing street lamps, a diverse crowd of people in colorful clothing, and a double-decker bus \
+passing by towering glass skyscrapers.
+Please generate only the enhanced description for the prompt below and avoid including any \
+additional commentary or evaluations:
+User Prompt: """
 
 # ---- the toy world's encoder
 
@@ -76,7 +104,7 @@ class ToyText(nn.Module):
             row[: len(words) + 1] = torch.tensor([1] + [index[word] for word in words])
         return tokens
 
-    def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    def encode(self, prompts: list[str], negative: bool = False) -> Cond:
         """Prompts -> (text, pooled_text); the empty prompt is the unconditional one."""
         return self(self.tokenize(prompts).to(self.positions.device))
 
@@ -94,3 +122,151 @@ class ToyText(nn.Module):
         rows = {name: ((name,), None) for name in model.state_dict()}
         weights.assign(model, rows, checkpoint, device=device, dtype=dtype)
         return model.eval().requires_grad_(False)
+
+
+# ---- the encoders of FLUX and SANA
+
+
+def load_encoder(
+    cls: type, source: str, parts: tuple[str, str], device: torch.device, dtype: torch.dtype
+) -> tuple:
+    """(tokenizer, model) from two sub-folders of a diffusers pipeline, a local folder or a hub id."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, subfolder=parts[0])
+        # A pickle is refused, whatever it holds.
+        model, report = getattr(transformers, cls).from_pretrained(
+            source, subfolder=parts[1], dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot load {parts[1]} and {parts[0]} from {source!r}: {str(error).splitlines()[0]}"
+        ) from error
+    if report["missing_keys"]:
+        missing = ", ".join(sorted(report["missing_keys"])[:5])
+        raise UserError(f"{source}/{parts[1]} lacks tensors of {cls}: {missing}")
+    tokenizer.padding_side = "right"
+    return tokenizer, model.to(device).eval().requires_grad_(False)
+
+
+def tokenize(tokenizer, prompts: list[str], length: int) -> tuple[Tensor, Tensor, int]:
+    """tokens and mask, (B, length) each, and how many tokens did not fit."""
+    cut = sum(max(0, len(row) - length) for row in tokenizer(prompts).input_ids)
+    padded = tokenizer(
+        prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    )
+    return padded.input_ids, padded.attention_mask, cut
+
+
+class FluxText:
+    """T5 reads the prompt word by word; CLIP says in one vector what the picture is of."""
+
+    def __init__(self, source: str, device: torch.device, dtype: torch.dtype, length: int = 512):
+        clip, t5 = ("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")
+        self.clip_tokenizer, self.clip = load_encoder("CLIPTextModel", source, clip, device, dtype)
+        self.t5_tokenizer, self.t5 = load_encoder("T5EncoderModel", source, t5, device, dtype)
+        self.length = length  # 512; schnell was trained with 256
+
+    def encode(self, prompts: list[str], negative: bool = False) -> Cond:
+        """text (B, 512, 4096), pooled_text (B, 768). The unconditional prompt is the empty one."""
+        clip_length = self.clip_tokenizer.model_max_length  # 77
+        clip_tokens, _, clip_cut = tokenize(self.clip_tokenizer, prompts, clip_length)
+        t5_tokens, _, t5_cut = tokenize(self.t5_tokenizer, prompts, self.length)
+        if clip_cut or t5_cut:
+            note = f"CLIP reads {clip_length} tokens of a prompt, {clip_cut} cut"
+            note += f"; T5 reads {self.length}, {t5_cut} cut"
+            print(note, file=sys.stderr)
+        device = self.t5.device
+        # No attention mask: FLUX was trained with the padding in sight.
+        text = [self.t5(part.to(device))[0].cpu() for part in t5_tokens.split(BATCH)]
+        pooled = [self.clip(p.to(device)).pooler_output.cpu() for p in clip_tokens.split(BATCH)]
+        return torch.cat(text), torch.cat(pooled)
+
+
+class SanaText:
+    """Gemma-2, a chat model, reads the prompt after an instruction to picture it in detail."""
+
+    def __init__(self, source: str, device: torch.device, dtype: torch.dtype, length: int = 300):
+        parts = ("tokenizer", "text_encoder")
+        self.tokenizer, self.gemma = load_encoder("Gemma2Model", source, parts, device, dtype)
+        self.length = length
+
+    def encode(self, prompts: list[str], negative: bool = False) -> Cond:
+        """text (B, 300, 2304), text_mask (B, 300). A negative prompt goes without instruction."""
+        prompts, length = [prompt.lower().strip() for prompt in prompts], self.length
+        if not negative:
+            prompts = [INSTRUCTION + prompt for prompt in prompts]
+            # The instruction's own tokens; two less, for the first token and the trailing space.
+            length += len(self.tokenizer.encode(INSTRUCTION)) - 2
+        tokens, mask, cut = tokenize(self.tokenizer, prompts, length)
+        if cut:
+            print(f"Gemma reads {self.length} tokens of a prompt, {cut} cut", file=sys.stderr)
+        kept = [0, *range(1 - self.length, 0)]  # the first token, then the prompt and its padding
+        text = []
+        for part, seen in zip(tokens.split(BATCH), mask.split(BATCH)):
+            part, seen = part.to(self.gemma.device), seen.to(self.gemma.device)
+            hidden = self.gemma(part, attention_mask=seen, use_cache=False)[0]  # (B, L, 2304)
+            text.append(hidden[:, kept].cpu())
+        return torch.cat(text), mask[:, kept].bool()
+
+
+# ---- load, encode, free
+
+
+@torch.no_grad()
+def encode(
+    kind: str,
+    source: str,
+    prompts: list[str],
+    negatives: list[str] = (),
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    cache: str | None = None,
+) -> tuple[Cond, Cond]:
+    """cond of `prompts` and of `negatives` (SANA's are encoded differently), on the CPU.
+
+    kind: toy | flux | schnell | sana; source: a file or preset (toy), a pipeline folder or hub id.
+    cache: a safetensors file of earlier results; the encoders are loaded for what it lacks only.
+    """
+    wanted = [(p, False) for p in prompts] + [(p, True) for p in negatives]
+    keys = {pair: cache_key(kind, source, dtype, pair) for pair in wanted}
+    cache = None if kind == "toy" else cache  # the toy's encoder is cheaper than a look-up
+    known = {}
+    if cache and Path(cache).exists():
+        stored = weights.open_checkpoint(Path(cache), None)
+        known = {name: stored.get(name) for name in stored.shapes}
+    missing = [pair for pair in keys if f"{keys[pair]}.0" not in known]
+    if missing:
+        encoder = open_encoder(kind, source, torch.device(device), dtype)
+        for negative in (False, True):
+            part = [prompt for prompt, flag in missing if flag == negative]
+            for i, output in enumerate(encoder.encode(part, negative) if part else ()):
+                known |= {f"{keys[p, negative]}.{i}": row for p, row in zip(part, output.cpu())}
+        del encoder
+        gc.collect()
+        torch.cuda.empty_cache()
+        if cache:
+            weights.save(Path(cache), known, {"stage": "text"})
+    rows = [tuple(known[f"{keys[pair]}.{i}"] for i in range(2)) for pair in wanted]
+    positive, rest = rows[: len(prompts)], rows[len(prompts) :]
+    return tuple(map(torch.stack, zip(*positive))), tuple(map(torch.stack, zip(*rest)))
+
+
+def open_encoder(
+    kind: str, source: str, device: torch.device, dtype: torch.dtype
+) -> "ToyText | FluxText | SanaText":
+    if kind == "toy":
+        return ToyText.from_pretrained(source, device, dtype)
+    if kind == "sana":
+        return SanaText(source, device, dtype)
+    return FluxText(source, device, dtype, length=256 if kind == "schnell" else 512)
+
+
+def cache_key(kind: str, source: str, dtype: torch.dtype, prompt: tuple[str, bool]) -> str:
+    """Names one result by all that it depends on; a local encoder by its files' sizes and dates."""
+    files = [p for p in sorted(Path(source).glob("t*/*")) if p.is_file()]
+    facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha256(repr((kind, source, dtype, prompt, facts)).encode()).hexdigest()

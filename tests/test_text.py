@@ -1,5 +1,6 @@
 """Why believe models/text.py."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from models import weights
+from models import text, weights
 from models.text import ToyText
 
 VOCABULARY = "<pad> <bos> a and red blue circle square left of".split()
@@ -60,11 +61,144 @@ def test_toy_words_are_checked():
 
 
 def test_toy_text_comes_back_from_its_file(tmp_path):
-    import json
-
     model = toy_text()
     file = tmp_path / "text.safetensors"
     weights.save(file, model.state_dict(), {"config": json.dumps(model.config)})
     back = ToyText.from_pretrained(str(file))
     assert back.config == model.config
     torch.testing.assert_close(back.encode(["a red circle"]), model.encode(["a red circle"]))
+
+
+# ---- the encoders of FLUX and SANA, tiny and random, saved as a diffusers pipeline saves them
+
+
+def tiny_tokenizer(bos: str | None, length: int):
+    """One token a word, unknown words share one; T5 has no first token, CLIP and Gemma do."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = "<pad> <bos> <eos> <unk>".split() + [chr(c) for c in range(97, 123)]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("", "isolated")]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A <eos>" if bos else "$A <eos>",
+        special_tokens=[("<bos>", 1), ("<eos>", 2)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        bos_token=bos,
+        model_max_length=length,
+    )
+
+
+def tiny_flux_text() -> dict:
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    torch.manual_seed(1)
+    clip = CLIPTextConfig(
+        vocab_size=30, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=77, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    t5 = T5Config(
+        vocab_size=30, d_model=40, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    return dict(
+        tokenizer=tiny_tokenizer("<bos>", 77),
+        text_encoder=CLIPTextModel(clip).eval(),
+        tokenizer_2=tiny_tokenizer(None, 512),
+        text_encoder_2=T5EncoderModel(t5).eval(),
+    )
+
+
+def tiny_sana_text() -> dict:
+    from transformers import Gemma2Config, Gemma2Model
+
+    torch.manual_seed(2)
+    gemma = Gemma2Config(
+        vocab_size=30, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=24, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    tokenizer = tiny_tokenizer("<bos>", 8192)
+    tokenizer.padding_side = "left"  # as Gemma's own is: SANA pads on the right
+    return dict(tokenizer=tokenizer, text_encoder=Gemma2Model(gemma).eval())
+
+
+def saved(parts: dict, folder: Path) -> str:
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    return str(folder)
+
+
+PROMPTS = ["a fox in the snow", "", "A Red  circle " * 30]
+
+
+def test_flux_text_is_diffusers(tmp_path, capsys):
+    diffusers = pytest.importorskip("diffusers", reason="the reference is not installed")
+    parts = tiny_flux_text()
+    pipeline = diffusers.FluxPipeline(scheduler=None, vae=None, transformer=None, **parts)
+    for kind, length in (("flux", 512), ("schnell", 256)):
+        with torch.no_grad():
+            theirs = pipeline.encode_prompt(PROMPTS, max_sequence_length=length)
+        ours, _ = text.encode(kind, saved(parts, tmp_path), PROMPTS)
+        torch.testing.assert_close(ours[0], theirs[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours[1], theirs[1], atol=1e-5, rtol=1e-5)
+    notes = capsys.readouterr().err.splitlines()
+    assert "CLIP reads 77 tokens of a prompt, 225 cut; T5 reads 512, 0 cut" in notes
+
+
+def test_sana_text_is_diffusers(tmp_path, capsys):
+    diffusers = pytest.importorskip("diffusers", reason="the reference is not installed")
+    parts = tiny_sana_text()
+    parts["text_encoder"].save_pretrained(tmp_path / "text_encoder")
+    parts["tokenizer"].save_pretrained(tmp_path / "tokenizer")
+    ours, ours_null = text.encode("sana", str(tmp_path), PROMPTS, ["", "Blurry"])
+    pipeline = diffusers.SanaPipeline(scheduler=None, vae=None, transformer=None, **parts)
+    chi = text.INSTRUCTION.split("\n")
+    with torch.no_grad():
+        theirs = pipeline.encode_prompt(PROMPTS, False, complex_human_instruction=chi)
+        null = pipeline.encode_prompt(["a", "b"], True, negative_prompt=["", "Blurry"])
+    for a, b in zip((*ours, *ours_null), (*theirs[:2], *null[2:])):
+        torch.testing.assert_close(a.float(), b.float(), atol=1e-5, rtol=1e-5)
+    assert ours[0].shape == (3, 300, 48) and ours[1].dtype == torch.bool
+    assert "Gemma reads 300 tokens of a prompt" in capsys.readouterr().err
+
+
+def test_the_instruction_is_the_one_sana_was_trained_with():
+    diffusers = pytest.importorskip("diffusers", reason="the reference is not installed")
+    import inspect
+
+    signature = inspect.signature(diffusers.SanaPipeline.__call__)
+    lines = signature.parameters["complex_human_instruction"].default
+    assert text.INSTRUCTION == "\n".join(lines)
+
+
+def test_cached_embeddings_need_no_encoder(tmp_path, monkeypatch):
+    source, cache = (
+        saved(tiny_sana_text(), tmp_path / "pipeline"),
+        str(tmp_path / "text.safetensors"),
+    )
+    first = text.encode("sana", source, PROMPTS, [""], cache=cache)
+    monkeypatch.setattr(text, "open_encoder", None)  # would fail if it were called
+    second = text.encode("sana", source, PROMPTS, [""], cache=cache)
+    torch.testing.assert_close(first, second, atol=0, rtol=0)
+    with pytest.raises(TypeError):  # another prompt, and "" with the instruction, are not in it
+        text.encode("sana", source, ["a fox"], [""], cache=cache)
+
+
+def test_an_encoder_with_missing_tensors_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    source = saved(tiny_flux_text(), tmp_path)
+    file = tmp_path / "text_encoder_2" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({k: v for k, v in tensors.items() if "block.1" not in k}, file, {"format": "pt"})
+    with pytest.raises(weights.UserError, match="lacks tensors of T5EncoderModel: encoder.block.1"):
+        text.encode("flux", source, ["a"])
+    with pytest.raises(weights.UserError, match="cannot load text_encoder and tokenizer from"):
+        text.encode("flux", str(tmp_path / "nowhere"), ["a"])
