@@ -13,7 +13,8 @@ nh hd heads and their width.
 """
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -317,3 +318,80 @@ class Flux(nn.Module):
             hidden = block(hidden, condition, rope, self.attention)
         velocity = self.final_layer(hidden[:, length:], condition)  # (B, N, C p p)
         return self.unpatchify(velocity, height, width).to(noisy_latents.dtype)
+
+
+# ---- official weights
+
+PREFIX = "model.diffusion_model."  # of some repacked single files
+
+NAME_MAP = {  # our module: diffusers' modules, whose rows are stacked; {} is the block's index
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
+    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+    "double_blocks.{}.img_mod.lin": ("transformer_blocks.{}.norm1.linear",),
+    "double_blocks.{}.txt_mod.lin": ("transformer_blocks.{}.norm1_context.linear",),
+    "double_blocks.{}.img_attn.qkv": (
+        "transformer_blocks.{}.attn.to_q",
+        "transformer_blocks.{}.attn.to_k",
+        "transformer_blocks.{}.attn.to_v",
+    ),
+    "double_blocks.{}.txt_attn.qkv": (
+        "transformer_blocks.{}.attn.add_q_proj",
+        "transformer_blocks.{}.attn.add_k_proj",
+        "transformer_blocks.{}.attn.add_v_proj",
+    ),
+    "double_blocks.{}.img_attn.norm.query_norm": ("transformer_blocks.{}.attn.norm_q",),
+    "double_blocks.{}.img_attn.norm.key_norm": ("transformer_blocks.{}.attn.norm_k",),
+    "double_blocks.{}.txt_attn.norm.query_norm": ("transformer_blocks.{}.attn.norm_added_q",),
+    "double_blocks.{}.txt_attn.norm.key_norm": ("transformer_blocks.{}.attn.norm_added_k",),
+    "double_blocks.{}.img_attn.proj": ("transformer_blocks.{}.attn.to_out.0",),
+    "double_blocks.{}.txt_attn.proj": ("transformer_blocks.{}.attn.to_add_out",),
+    "double_blocks.{}.img_mlp.0": ("transformer_blocks.{}.ff.net.0.proj",),
+    "double_blocks.{}.img_mlp.2": ("transformer_blocks.{}.ff.net.2",),
+    "double_blocks.{}.txt_mlp.0": ("transformer_blocks.{}.ff_context.net.0.proj",),
+    "double_blocks.{}.txt_mlp.2": ("transformer_blocks.{}.ff_context.net.2",),
+    "single_blocks.{}.modulation.lin": ("single_transformer_blocks.{}.norm.linear",),
+    "single_blocks.{}.linear1": (
+        "single_transformer_blocks.{}.attn.to_q",
+        "single_transformer_blocks.{}.attn.to_k",
+        "single_transformer_blocks.{}.attn.to_v",
+        "single_transformer_blocks.{}.proj_mlp",
+    ),
+    "single_blocks.{}.norm.query_norm": ("single_transformer_blocks.{}.attn.norm_q",),
+    "single_blocks.{}.norm.key_norm": ("single_transformer_blocks.{}.attn.norm_k",),
+    "single_blocks.{}.linear2": ("single_transformer_blocks.{}.proj_out",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear",),
+    "final_layer.linear": ("proj_out",),
+}
+
+
+def stack_rows(*parts: Tensor) -> Tensor:
+    return torch.cat(parts)
+
+
+def swap_halves(rows: Tensor) -> Tensor:
+    """diffusers' last modulation gives (scale, shift), ours (shift, scale)."""
+    return torch.cat(rows.chunk(2)[::-1])
+
+
+def name_rows(ours: Iterable[str], official: Iterable[str]) -> dict[str, tuple]:
+    """{our tensor: (official tensors, how to join them)}; the official names tell the format."""
+    official = set(official)
+    if "x_embedder.weight" not in official:
+        prefix = PREFIX if PREFIX + "img_in.weight" in official else ""
+        return {name: ((prefix + name,), None) for name in ours}
+    rows = {}
+    for name in ours:
+        block = re.search(r"_blocks\.(\d+)\.", name)
+        index = block[1] if block else ""
+        module, _, kind = name.replace(f"_blocks.{index}.", "_blocks.{}.").rpartition(".")
+        kind = "weight" if kind == "scale" else kind  # of a norm
+        theirs = tuple(f"{their.format(index)}.{kind}" for their in NAME_MAP[module])
+        join = swap_halves if module == "final_layer.adaLN_modulation.1" else None
+        rows[name] = (theirs, stack_rows if len(theirs) > 1 else join)
+    return rows

@@ -14,8 +14,9 @@ nh hd heads and their width.
 """
 
 import math
+import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -308,3 +309,59 @@ class Sana(nn.Module):
             hidden = block(hidden, text, text_bias, condition, grid, self.attention)
         velocity = self.final_layer(hidden, embedded)  # (B, N, p p C): not the blocks' condition
         return self.unpatchify(velocity, grid).to(noisy_latents.dtype)
+
+
+# ---- official weights
+
+# Buffers that nothing reads, and a head from training.
+DROPPED = re.compile(r"^((patch_embed\.)?pos_embed|y_embedder\.y_embedding|logvar_linear\..*)$")
+
+NAME_MAP = {  # our module: diffusers' modules, whose rows are stacked; {} is the block's index
+    "x_embedder.proj": ("patch_embed.proj",),
+    "t_embedder.mlp.0": ("time_embed.emb.timestep_embedder.linear_1",),
+    "t_embedder.mlp.2": ("time_embed.emb.timestep_embedder.linear_2",),
+    "t_block.1": ("time_embed.linear",),
+    "y_embedder.y_proj.fc1": ("caption_projection.linear_1",),
+    "y_embedder.y_proj.fc2": ("caption_projection.linear_2",),
+    "attention_y_norm": ("caption_norm",),
+    "blocks.{}": ("transformer_blocks.{}",),  # its scale_shift_table
+    "blocks.{}.attn.qkv": (
+        "transformer_blocks.{}.attn1.to_q",
+        "transformer_blocks.{}.attn1.to_k",
+        "transformer_blocks.{}.attn1.to_v",
+    ),
+    "blocks.{}.attn.q_norm": ("transformer_blocks.{}.attn1.norm_q",),
+    "blocks.{}.attn.k_norm": ("transformer_blocks.{}.attn1.norm_k",),
+    "blocks.{}.attn.proj": ("transformer_blocks.{}.attn1.to_out.0",),
+    "blocks.{}.cross_attn.q_linear": ("transformer_blocks.{}.attn2.to_q",),
+    "blocks.{}.cross_attn.kv_linear": (
+        "transformer_blocks.{}.attn2.to_k",
+        "transformer_blocks.{}.attn2.to_v",
+    ),
+    "blocks.{}.cross_attn.q_norm": ("transformer_blocks.{}.attn2.norm_q",),
+    "blocks.{}.cross_attn.k_norm": ("transformer_blocks.{}.attn2.norm_k",),
+    "blocks.{}.cross_attn.proj": ("transformer_blocks.{}.attn2.to_out.0",),
+    "blocks.{}.mlp.inverted_conv.conv": ("transformer_blocks.{}.ff.conv_inverted",),
+    "blocks.{}.mlp.depth_conv.conv": ("transformer_blocks.{}.ff.conv_depth",),
+    "blocks.{}.mlp.point_conv.conv": ("transformer_blocks.{}.ff.conv_point",),
+    "final_layer.linear": ("proj_out",),
+    "final_layer": ("",),  # its scale_shift_table is at diffusers' top level
+}
+
+
+def stack_rows(*parts: Tensor) -> Tensor:
+    return torch.cat(parts)
+
+
+def name_rows(ours: Iterable[str], official: Iterable[str]) -> dict[str, tuple]:
+    """{our tensor: (official tensors, how to join them)}; the official names tell the format."""
+    if "patch_embed.proj.weight" not in official:
+        return {name: ((name,), None) for name in ours}
+    rows = {}
+    for name in ours:
+        block = re.match(r"blocks\.(\d+)\.", name)
+        index = block[1] if block else ""
+        module, _, kind = name.replace(f"blocks.{index}.", "blocks.{}.", 1).rpartition(".")
+        theirs = (f"{their.format(index)}.{kind}".lstrip(".") for their in NAME_MAP[module])
+        rows[name] = (tuple(theirs), stack_rows if len(NAME_MAP[module]) > 1 else None)
+    return rows
