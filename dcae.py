@@ -76,7 +76,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:            # (B, C, h, w)
-        # Statistics in fp32: bf16 keeps two to three digits, too few for a sum of a thousand squares.
+        # Statistics in fp32: bf16 keeps two to three digits, too few for a sum of 1024 squares.
         mean_square = hidden.float().square().mean(1, keepdim=True)
         normed = hidden * torch.rsqrt(mean_square + self.eps)
         return (normed * self.weight[:, None, None] + self.bias[:, None, None]).type_as(hidden)
@@ -99,8 +99,8 @@ class ResBlock(nn.Module):
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-15) -> Tensor:
-    """out_n = sum_m (q_n . k_m) v_m / (sum_m q_n . k_m + eps), reordered: cost N hd^2, not N^2 hd."""
-    summary = value @ key.mT                                # (B, nh, hd, hd), all a query needs of N
+    """out_n = sum_m (q_n . k_m) v_m / (sum_m q_n . k_m + eps), reordered: N hd^2, not N^2 hd."""
+    summary = value @ key.mT                                # (B, nh, hd, hd), all a query needs
     total = key.sum(-1, keepdim=True).mT                    # (B, nh, 1, hd)
     return (summary @ query) / (total @ query + eps)        # (B, nh, hd, N)
 
@@ -219,7 +219,9 @@ class Encoder(nn.Module):
         for stage in self.stages:
             hidden = stage(hidden)                          # (B, widths[-1], h, w) at the end
         latents = self.conv_out(hidden)                     # (B, C, h, w)
-        return latents + average_channels(hidden, self.latent_channels) if self.shortcut else latents
+        if self.shortcut:
+            latents = latents + average_channels(hidden, self.latent_channels)
+        return latents
 
 
 class Decoder(nn.Module):
@@ -245,7 +247,8 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
         self.stages = nn.ModuleList()
         for s, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-            stage = make_blocks(block_types[s], depth, width, head_dim, scales[s], norms[s], acts[s])
+            kind, norm, act = block_types[s], norms[s], acts[s]
+            stage = make_blocks(kind, depth, width, head_dim, scales[s], norm, act)
             if s + 1 < len(widths) and (s > 0 or depth > 0):
                 stage.insert(0, Upsample(widths[s + 1], width, upsample))
             self.stages.append(nn.Sequential(*stage))

@@ -193,7 +193,7 @@ class FluxVAE(nn.Module):
         )
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of the raw (unscaled) latent; training needs both for its KL term."""
+        """Mean and log variance of the raw (unscaled) latent; training needs both for its KL."""
         height, width = images.shape[-2:]
         assert height % self.stride == 0 and width % self.stride == 0, (
             f"image of {width}x{height}: both sides must be multiples of {self.stride}"
