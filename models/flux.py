@@ -15,10 +15,13 @@ nh hd heads and their width.
 import math
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.weights import assign, build, open_model
 
 EPS = 1e-6  # of every norm
 ROPE_THETA = 10_000  # longest wavelength of a rotary axis: 2 pi theta tokens
@@ -243,14 +246,18 @@ class Flux(nn.Module):
         axes_dims_rope: tuple[int, ...] = (16, 56, 56),
         position_stride: int = 1,  # ours: base tokens a side that one token covers
     ):
+        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        config["axes_dims_rope"] = axes = list(axes_dims_rope)
+        if out_channels not in (None, in_channels):
+            raise ValueError(f"{out_channels=} must be {in_channels=}")
+        if patch_size != 1:
+            raise ValueError(f"{patch_size=} must be 1: 2 x 2 patches are told by in_channels=64")
+        if sum(axes) != attention_head_dim or any(axis % 2 for axis in axes) or len(axes) != 3:
+            raise ValueError(
+                f"axes_dims_rope={axes} must be 3 even numbers of sum {attention_head_dim=}"
+            )
         super().__init__()
-        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        self.config["axes_dims_rope"] = list(axes_dims_rope)
-        assert out_channels in (None, in_channels), f"{out_channels=} must be {in_channels=}"
-        assert patch_size == 1, f"{patch_size=}: 2 x 2 patches are told by in_channels 64"
-        assert sum(axes_dims_rope) == attention_head_dim, (
-            f"axes_dims_rope={axes_dims_rope} must add up to attention_head_dim={attention_head_dim}"
-        )
+        self.config = config
         self.patch_size = 2 if in_channels == 64 else 1
         self.latent_channels = in_channels // self.patch_size**2
         self.attention = F.scaled_dot_product_attention  # replaceable: q, k, v -> out
@@ -269,6 +276,22 @@ class Flux(nn.Module):
             SingleStreamBlock(width, attention_head_dim) for _ in range(num_single_layers)
         )
         self.final_layer = LastLayer(width, in_channels)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,  # a preset, a file, a folder or a hub id
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        config: dict | None = None,  # for a file that carries none
+        weights: str | None = None,  # a folder to look in instead of the hub
+    ) -> "Flux":
+        checkpoint, config, run = open_model(path, PRESETS, "transformer", config, weights)
+        config = told_by_names(checkpoint.shapes) | (config or {})
+        model = build(cls, config, checkpoint.path)
+        rows = name_rows(model.state_dict(), checkpoint.shapes)
+        assign(model, rows, checkpoint, device=device, dtype=dtype, run=run)
+        return model
 
     def embed(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) -> tokens (B, N, D). Embedding alignment regresses on this."""
@@ -322,6 +345,35 @@ class Flux(nn.Module):
 
 # ---- official weights
 
+PRESETS = {
+    "flux-toy": {"path": "models/toy/flux.safetensors"},
+    "dc-gen-toy": {"path": "models/toy/dc-gen-f32.safetensors"},  # this and the next: runs of ours
+    "dc-gen-toy-f64": {"path": "models/toy/dc-gen-f64.safetensors"},
+    "flux-dev": {
+        "hub": "black-forest-labs/FLUX.1-dev",
+        "file": "flux1-dev.safetensors",
+        "config": {"in_channels": 64, "guidance_embeds": True},
+    },
+    "flux-krea": {
+        "hub": "black-forest-labs/FLUX.1-Krea-dev",
+        "file": "flux1-krea-dev.safetensors",
+        "config": {"in_channels": 64, "guidance_embeds": True},
+    },
+    "flux-schnell": {
+        "hub": "black-forest-labs/FLUX.1-schnell",
+        "file": "flux1-schnell.safetensors",
+        "config": {"in_channels": 64, "guidance_embeds": False},
+    },
+    "dc-gen-flux-1k": {
+        "hub": "dc-ai/DC-Gen-FLUX.1-Krea-Dev-Res1K",
+        "config": {"in_channels": 32, "guidance_embeds": True},
+    },
+    "dc-gen-flux-4k": {
+        "hub": "dc-ai/DC-Gen-FLUX.1-Krea-Dev-Res4K",
+        "config": {"in_channels": 128, "guidance_embeds": True},
+    },
+}
+
 PREFIX = "model.diffusion_model."  # of some repacked single files
 
 NAME_MAP = {  # our module: diffusers' modules, whose rows are stacked; {} is the block's index
@@ -368,6 +420,15 @@ NAME_MAP = {  # our module: diffusers' modules, whose rows are stacked; {} is th
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
     "final_layer.linear": ("proj_out",),
 }
+
+
+def told_by_names(shapes: dict[str, tuple]) -> dict:
+    """What a file without config says of itself; the rest of it must then be FLUX.1's."""
+    told = {"guidance_embeds": any("guidance" in name for name in shapes)}
+    for name in ("img_in.weight", PREFIX + "img_in.weight", "x_embedder.weight"):
+        if name in shapes:
+            told["in_channels"] = shapes[name][1]
+    return told
 
 
 def stack_rows(*parts: Tensor) -> Tensor:

@@ -17,17 +17,30 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.weights import assign, build, open_model
+
+QK_NORM = "rms_norm_across_heads"  # of SANA-1.5
 QK_NORM_EPS = 1e-5
 TEXT_NORM_EPS = 1e-5
 FINAL_NORM_EPS = 1e-6
 ATTENTION_EPS = 1e-15  # only for a token whose q or all whose k are 0 after the ReLU
 SINUSOID_CHANNELS = 256  # of the timestep embedding
 PADDED = -10_000.0  # added to a padded token's logit: finite, so that no row of the softmax is NaN
+
+
+# Keys of config.json whose other values belong to no model here (guidance: SANA-Sprint).
+FIXED = {
+    "dropout": 0.0,
+    "norm_elementwise_affine": False,
+    "guidance_embeds": False,
+    "timestep_scale": 1.0,
+}
 
 
 def named(**modules: nn.Module) -> nn.Sequential:
@@ -246,9 +259,14 @@ class Sana(nn.Module):
         timestep_scale: float = 1.0,
     ):
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        width = num_attention_heads * attention_head_dim
+        for key, value in {**FIXED, "cross_attention_dim": width}.items():
+            if config[key] != value:
+                raise ValueError(f"{key}={config[key]} must be {value}")
+        if qk_norm not in (None, QK_NORM):
+            raise ValueError(f"{qk_norm=} must be None or {QK_NORM!r}")
         super().__init__()
         self.config = config
-        width = num_attention_heads * attention_head_dim
         self.patch_size, self.latent_channels = patch_size, in_channels
         self.attention = F.scaled_dot_product_attention  # replaceable: q, k, v, attn_mask -> out
 
@@ -270,6 +288,21 @@ class Sana(nn.Module):
         self.attention_y_norm = RMSNorm(width, TEXT_NORM_EPS)
         self.blocks = nn.ModuleList(SanaBlock(width, config) for _ in range(num_layers))
         self.final_layer = FinalLayer(width, patch_size**2 * (out_channels or in_channels))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,  # a preset, a file, a folder or a hub id
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        config: dict | None = None,  # for a file that carries none
+        weights: str | None = None,  # a folder to look in instead of the hub
+    ) -> "Sana":
+        checkpoint, config, run = open_model(path, PRESETS, "transformer", config, weights)
+        model = build(cls, config or told_by_names(checkpoint.shapes), checkpoint.path)
+        rows = name_rows(model.state_dict(), checkpoint.shapes)
+        assign(model, rows, checkpoint, DROPPED, device, dtype, run)
+        return model
 
     def embed(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) -> tokens (B, N, D). Embedding alignment regresses on this."""
@@ -313,6 +346,54 @@ class Sana(nn.Module):
 
 # ---- official weights
 
+SIZE_600M = {
+    "num_attention_heads": 36,
+    "num_layers": 28,
+    "num_cross_attention_heads": 16,
+    "cross_attention_head_dim": 72,
+    "cross_attention_dim": 1152,
+}
+SAMPLED_AT = {  # pixels a side
+    512: {"sample_size": 16},
+    1024: {"sample_size": 32},
+    2048: {"sample_size": 64, "interpolation_scale": 1.0},
+    4096: {"sample_size": 128, "interpolation_scale": 2.0},
+}
+DC_GEN_F64 = {"in_channels": 128, "out_channels": 128, "sample_size": 16}
+
+PRESETS = {
+    "sana-0.6b-512": {
+        "hub": "Efficient-Large-Model/Sana_600M_512px_diffusers",
+        "config": SIZE_600M | SAMPLED_AT[512],
+    },
+    "sana-0.6b": {
+        "hub": "Efficient-Large-Model/Sana_600M_1024px_diffusers",
+        "config": SIZE_600M | SAMPLED_AT[1024],
+    },
+    "sana-1.6b-512": {
+        "hub": "Efficient-Large-Model/Sana_1600M_512px_MultiLing_diffusers",
+        "config": SAMPLED_AT[512],
+    },
+    "sana-1.6b": {
+        "hub": "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
+        "config": SAMPLED_AT[1024],
+    },
+    "sana-1.6b-2k": {
+        "hub": "Efficient-Large-Model/Sana_1600M_2Kpx_BF16_diffusers",
+        "config": SAMPLED_AT[2048],
+    },
+    "sana-1.6b-4k": {
+        "hub": "Efficient-Large-Model/Sana_1600M_4Kpx_BF16_diffusers",
+        "config": SAMPLED_AT[4096],
+    },
+    "sana-1.5-1.6b": {
+        "hub": "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
+        "config": SAMPLED_AT[1024] | {"qk_norm": QK_NORM},
+    },
+    # No release is known: the name under which --weights DIR looks for it.
+    "dc-gen-sana-f64c128": {"hub": "dc-ai/DC-Gen-SANA-1.6B-f64c128", "config": DC_GEN_F64},
+}
+
 # Buffers that nothing reads, and a head from training.
 DROPPED = re.compile(r"^((patch_embed\.)?pos_embed|y_embedder\.y_embedding|logvar_linear\..*)$")
 
@@ -347,6 +428,22 @@ NAME_MAP = {  # our module: diffusers' modules, whose rows are stacked; {} is th
     "final_layer.linear": ("proj_out",),
     "final_layer": ("",),  # its scale_shift_table is at diffusers' top level
 }
+
+
+def told_by_names(shapes: dict[str, tuple]) -> dict | None:
+    """The config of a full-size NVlabs file, which carries none."""
+    if "x_embedder.proj.weight" not in shapes:
+        return None
+    width, channels = shapes["x_embedder.proj.weight"][:2]
+    size = math.isqrt(shapes["pos_embed"][1]) if "pos_embed" in shapes else 32
+    sampled_at = {at["sample_size"]: at for at in SAMPLED_AT.values()}
+    return {
+        **(SIZE_600M if width == 36 * 32 else {}),
+        **sampled_at.get(size, {}),
+        "in_channels": channels,
+        "out_channels": channels,
+        "qk_norm": QK_NORM if any("q_norm" in name for name in shapes) else None,
+    }
 
 
 def stack_rows(*parts: Tensor) -> Tensor:
