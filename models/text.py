@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from models import weights
@@ -22,7 +23,6 @@ from models.weights import UserError
 Cond = tuple[Tensor, ...]
 
 PRESETS = {"toy": dict(path="models/toy/text.safetensors")}
-BATCH = 16  # prompts at a time through a large encoder
 
 # SANA puts this before a prompt, and shows its transformer only what Gemma made of the prompt itself.
 # The wording is part of the trained model (NVlabs/Sana, Apache 2.0; quotes as diffusers has them).
@@ -63,6 +63,7 @@ class ToyText(nn.Module):
             vocabulary=list(vocabulary), width=width, layers=layers, heads=heads, length=length
         )
         self.vocabulary, self.length = list(vocabulary), length
+        self.cut = {}  # a prompt that is too long is an error here
         self.words = nn.Embedding(len(vocabulary), width)
         self.positions = nn.Parameter(torch.randn(length, width) * 0.02)
         layer = nn.TransformerEncoderLayer(
@@ -115,10 +116,8 @@ class ToyText(nn.Module):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "ToyText":
-        path, _ = weights.locate(path_or_preset, PRESETS)
-        checkpoint = weights.open_checkpoint(path, None)
-        with torch.device("meta"):
-            model = cls(**checkpoint.config)
+        checkpoint, config, _ = weights.open_model(path_or_preset, PRESETS)
+        model = weights.build(cls, config, checkpoint.path)
         rows = {name: ((name,), None) for name in model.state_dict()}
         weights.assign(model, rows, checkpoint, device=device, dtype=dtype)
         return model.eval().requires_grad_(False)
@@ -128,7 +127,7 @@ class ToyText(nn.Module):
 
 
 def load_encoder(
-    cls: type, source: str, parts: tuple[str, str], device: torch.device, dtype: torch.dtype
+    name: str, source: str, parts: tuple[str, str], device: torch.device, dtype: torch.dtype
 ) -> tuple:
     """(tokenizer, model) from two sub-folders of a diffusers pipeline, a local folder or a hub id."""
     import transformers
@@ -138,27 +137,30 @@ def load_encoder(
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, subfolder=parts[0])
         # A pickle is refused, whatever it holds.
-        model, report = getattr(transformers, cls).from_pretrained(
+        model, report = getattr(transformers, name).from_pretrained(
             source, subfolder=parts[1], dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"cannot load {parts[1]} and {parts[0]} from {source!r}: {str(error).splitlines()[0]}"
         ) from error
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:5])
-        raise UserError(f"{source}/{parts[1]} lacks tensors of {cls}: {missing}")
+        raise UserError(f"{source}/{parts[1]} lacks tensors of {name}: {missing}")
     tokenizer.padding_side = "right"
     return tokenizer, model.to(device).eval().requires_grad_(False)
 
 
-def tokenize(tokenizer, prompts: list[str], length: int) -> tuple[Tensor, Tensor, int]:
-    """tokens and mask, (B, length) each, and how many tokens did not fit."""
-    cut = sum(max(0, len(row) - length) for row in tokenizer(prompts).input_ids)
+def tokenize(
+    tokenizer, prompts: list[str], length: int, cut: dict[str, int], reader: str
+) -> tuple[Tensor, Tensor]:
+    """tokens and mask, (B, length) each; adds to `cut` how many tokens `reader` does not see."""
+    lost = sum(max(0, len(row) - length) for row in tokenizer(prompts).input_ids)
+    cut[reader] = cut.get(reader, 0) + lost
     padded = tokenizer(
         prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
     )
-    return padded.input_ids, padded.attention_mask, cut
+    return padded.input_ids, padded.attention_mask
 
 
 class FluxText:
@@ -168,22 +170,17 @@ class FluxText:
         clip, t5 = ("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")
         self.clip_tokenizer, self.clip = load_encoder("CLIPTextModel", source, clip, device, dtype)
         self.t5_tokenizer, self.t5 = load_encoder("T5EncoderModel", source, t5, device, dtype)
+        self.clip_length = self.clip_tokenizer.model_max_length  # 77
         self.length = length  # 512; schnell was trained with 256
+        self.cut = {}
 
     def encode(self, prompts: list[str], negative: bool = False) -> Cond:
         """text (B, 512, 4096), pooled_text (B, 768). The unconditional prompt is the empty one."""
-        clip_length = self.clip_tokenizer.model_max_length  # 77
-        clip_tokens, _, clip_cut = tokenize(self.clip_tokenizer, prompts, clip_length)
-        t5_tokens, _, t5_cut = tokenize(self.t5_tokenizer, prompts, self.length)
-        if clip_cut or t5_cut:
-            note = f"CLIP reads {clip_length} tokens of a prompt, {clip_cut} cut"
-            note += f"; T5 reads {self.length}, {t5_cut} cut"
-            print(note, file=sys.stderr)
-        device = self.t5.device
-        # No attention mask: FLUX was trained with the padding in sight.
-        text = [self.t5(part.to(device))[0].cpu() for part in t5_tokens.split(BATCH)]
-        pooled = [self.clip(p.to(device)).pooler_output.cpu() for p in clip_tokens.split(BATCH)]
-        return torch.cat(text), torch.cat(pooled)
+        clip_tokens, _ = tokenize(self.clip_tokenizer, prompts, self.clip_length, self.cut, "CLIP")
+        t5_tokens, _ = tokenize(self.t5_tokenizer, prompts, self.length, self.cut, "T5")
+        pooled_text = self.clip(clip_tokens.to(self.clip.device)).pooler_output
+        text = self.t5(t5_tokens.to(self.t5.device))[0]  # no mask: FLUX has the padding in sight
+        return text, pooled_text
 
 
 class SanaText:
@@ -192,7 +189,7 @@ class SanaText:
     def __init__(self, source: str, device: torch.device, dtype: torch.dtype, length: int = 300):
         parts = ("tokenizer", "text_encoder")
         self.tokenizer, self.gemma = load_encoder("Gemma2Model", source, parts, device, dtype)
-        self.length = length
+        self.length, self.cut = length, {}
 
     def encode(self, prompts: list[str], negative: bool = False) -> Cond:
         """text (B, 300, 2304), text_mask (B, 300). A negative prompt goes without instruction."""
@@ -201,16 +198,11 @@ class SanaText:
             prompts = [INSTRUCTION + prompt for prompt in prompts]
             # The instruction's own tokens; two less, for the first token and the trailing space.
             length += len(self.tokenizer.encode(INSTRUCTION)) - 2
-        tokens, mask, cut = tokenize(self.tokenizer, prompts, length)
-        if cut:
-            print(f"Gemma reads {self.length} tokens of a prompt, {cut} cut", file=sys.stderr)
+        tokens, mask = tokenize(self.tokenizer, prompts, length, self.cut, "Gemma")
+        tokens, mask = tokens.to(self.gemma.device), mask.to(self.gemma.device)
+        hidden = self.gemma(tokens, attention_mask=mask, use_cache=False)[0]  # (B, L, 2304)
         kept = [0, *range(1 - self.length, 0)]  # the first token, then the prompt and its padding
-        text = []
-        for part, seen in zip(tokens.split(BATCH), mask.split(BATCH)):
-            part, seen = part.to(self.gemma.device), seen.to(self.gemma.device)
-            hidden = self.gemma(part, attention_mask=seen, use_cache=False)[0]  # (B, L, 2304)
-            text.append(hidden[:, kept].cpu())
-        return torch.cat(text), mask[:, kept].bool()
+        return hidden[:, kept], mask[:, kept].bool()
 
 
 # ---- load, encode, free
@@ -241,15 +233,17 @@ def encode(
     missing = [pair for pair in keys if f"{keys[pair]}.0" not in known]
     if missing:
         encoder = open_encoder(kind, source, torch.device(device), dtype)
-        for negative in (False, True):
-            part = [prompt for prompt, flag in missing if flag == negative]
-            for i, output in enumerate(encoder.encode(part, negative) if part else ()):
-                known |= {f"{keys[p, negative]}.{i}": row for p, row in zip(part, output.cpu())}
+        for prompt, negative in missing:  # one at a time: no result depends on its neighbours
+            for i, output in enumerate(encoder.encode([prompt], negative)):
+                known[f"{keys[prompt, negative]}.{i}"] = output[0].cpu()
+        if any(encoder.cut.values()):
+            lost = ", ".join(f"{reader} {count}" for reader, count in encoder.cut.items())
+            print(f"prompts over the limit: tokens not read by {lost}", file=sys.stderr)
         del encoder
         gc.collect()
         torch.cuda.empty_cache()
         if cache:
-            weights.save(Path(cache), known, {"stage": "text"})
+            weights.save(cache, known, {"stage": "text"})
     rows = [tuple(known[f"{keys[pair]}.{i}"] for i in range(2)) for pair in wanted]
     positive, rest = rows[: len(prompts)], rows[len(prompts) :]
     return tuple(map(torch.stack, zip(*positive))), tuple(map(torch.stack, zip(*rest)))

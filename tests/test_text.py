@@ -149,7 +149,7 @@ def test_flux_text_is_diffusers(tmp_path, capsys):
         torch.testing.assert_close(ours[0], theirs[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(ours[1], theirs[1], atol=1e-5, rtol=1e-5)
     notes = capsys.readouterr().err.splitlines()
-    assert "CLIP reads 77 tokens of a prompt, 225 cut; T5 reads 512, 0 cut" in notes
+    assert "prompts over the limit: tokens not read by CLIP 225, T5 0" in notes
 
 
 def test_sana_text_is_diffusers(tmp_path, capsys):
@@ -166,7 +166,7 @@ def test_sana_text_is_diffusers(tmp_path, capsys):
     for a, b in zip((*ours, *ours_null), (*theirs[:2], *null[2:])):
         torch.testing.assert_close(a.float(), b.float(), atol=1e-5, rtol=1e-5)
     assert ours[0].shape == (3, 300, 48) and ours[1].dtype == torch.bool
-    assert "Gemma reads 300 tokens of a prompt" in capsys.readouterr().err
+    assert "prompts over the limit: tokens not read by Gemma " in capsys.readouterr().err
 
 
 def test_the_instruction_is_the_one_sana_was_trained_with():
@@ -202,3 +202,6 @@ def test_an_encoder_with_missing_tensors_is_refused(tmp_path):
         text.encode("flux", source, ["a"])
     with pytest.raises(weights.UserError, match="cannot load text_encoder and tokenizer from"):
         text.encode("flux", str(tmp_path / "nowhere"), ["a"])
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(weights.UserError, match="cannot load text_encoder_2 and tokenizer_2 from"):
+        text.encode("flux", source, ["a"])
