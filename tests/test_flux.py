@@ -1,0 +1,491 @@
+"""Why believe models/flux.py: the reference's numbers and names, and what must hold by construction."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from models import flux
+from models.flux import Flux
+from models.weights import UserError
+
+GOLDEN = ROOT / "tests" / "golden"
+REFERENCE = ROOT.parent / "shared" / "reference"
+CASES = {
+    "flux_tiny_bfl": {},
+    "flux_tiny_diffusers": {},
+    "flux_tiny_dcgen_c32_bfl": {},
+    "flux_tiny_dcgen_c32_diffusers": {},
+    "flux_tiny_dcgen_c128_diffusers": {},
+}
+TINY = {
+    "in_channels": 64,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "joint_attention_dim": 24,
+    "pooled_projection_dim": 20,
+    "guidance_embeds": True,
+    "axes_dims_rope": [4, 6, 6],
+}
+
+
+def golden(name: str) -> tuple[dict[str, Tensor], dict]:
+    for folder in (GOLDEN, REFERENCE / "golden"):
+        path = folder / f"{name}.safetensors"
+        if path.exists():
+            with safe_open(path, "pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    pytest.skip(f"{name} is neither in tests/golden nor in {REFERENCE / 'golden'}")
+
+
+def golden_config(name: str, metadata: dict) -> dict:
+    """The constructor's keywords, in diffusers' words also for the BFL files."""
+    config = json.loads(metadata["config"])
+    if metadata["kind"] == "flux_hf":
+        return config
+    return {
+        "in_channels": config["in_channels"],
+        "num_layers": config["depth"],
+        "num_single_layers": config["depth_single_blocks"],
+        "num_attention_heads": config["num_heads"],
+        "attention_head_dim": sum(config["axes_dim"]),
+        "joint_attention_dim": config["context_in_dim"],
+        "pooled_projection_dim": config["vec_in_dim"],
+        "guidance_embeds": config["guidance_embed"],
+        "axes_dims_rope": config["axes_dim"],
+    }
+
+
+def golden_model(name: str, folder: Path, prefix: str = "") -> tuple[Flux, dict[str, Tensor]]:
+    tensors, metadata = golden(name)
+    weights = {key.removeprefix("weight/"): t for key, t in tensors.items() if "weight/" in key}
+    save_file({prefix + key: tensor for key, tensor in weights.items()}, folder / "w.safetensors")
+    config = golden_config(name, metadata)
+    return Flux.from_pretrained(folder / "w.safetensors", config=config), tensors
+
+
+def golden_inputs(tensors: dict[str, Tensor], patch: int) -> dict[str, Tensor]:
+    """The arguments of our forward, from either reference's packed ones."""
+
+    def first(*names: str) -> Tensor:
+        return next(tensors[f"in/{name}"] for name in names if f"in/{name}" in tensors)
+
+    packed, ids = first("hidden_states", "img"), first("img_ids")
+    height, width = (int(n) + 1 for n in ids.reshape(-1, 3)[:, 1:].amax(0))
+    return {
+        "noisy_latents": unpack(packed, height, width, patch),
+        "timestep": first("timestep", "timesteps"),
+        "text": first("encoder_hidden_states", "txt"),
+        "pooled_text": first("pooled_projections", "y"),
+        "guidance": first("guidance"),
+    }
+
+
+def unpack(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
+    """(B, h' w', C p p) -> (B, C, h' p, w' p), written out, to be sure of the model's own."""
+    batch, _, channels = tokens.shape
+    out = tokens.new_zeros(batch, channels // patch**2, height * patch, width * patch)
+    for row in range(height):
+        for col in range(width):
+            token = tokens[:, row * width + col].reshape(batch, -1, patch, patch)
+            top, left = row * patch, col * patch
+            out[:, :, top : top + patch, left : left + patch] = token
+    return out
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    assert torch.isfinite(ours).all()
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def golden_error(model: Flux, tensors: dict[str, Tensor]) -> float:
+    inputs = golden_inputs(tensors, model.patch_size)
+    height, width = (n // model.patch_size for n in inputs["noisy_latents"].shape[2:])
+    with torch.no_grad():
+        ours = model(**inputs)
+    return error(ours, unpack(tensors["out/sample"], height, width, model.patch_size))
+
+
+def random_inputs(config: dict, batch: int = 2, grid: tuple = (5, 7), length: int = 6) -> dict:
+    patch = 2 if config["in_channels"] == 64 else 1
+    channels = config["in_channels"] // patch**2
+    draw = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw)
+
+    inputs = {
+        "noisy_latents": normal(batch, channels, grid[0] * patch, grid[1] * patch),
+        "timestep": torch.rand(batch, generator=draw),
+        "text": normal(batch, length, config["joint_attention_dim"]),
+        "pooled_text": normal(batch, config["pooled_projection_dim"]),
+    }
+    if config["guidance_embeds"]:
+        inputs["guidance"] = 1 + 4 * torch.rand(batch, generator=draw)
+    return inputs
+
+
+def tiny(**changes) -> Flux:
+    torch.manual_seed(0)
+    return Flux(**{**TINY, **changes})
+
+
+# ---- parity: the reference's numbers
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_case(name, tmp_path):
+    model, tensors = golden_model(name, tmp_path)
+    relative = golden_error(model, tensors)
+    print(f"{name}: {relative:.1e}")
+    assert relative < 1e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_case_inside(name, tmp_path):
+    model, tensors = golden_model(name, tmp_path)
+    seen = {}
+    parts = {
+        "img_in": model.img_in,
+        "double_block0": model.double_blocks[0],
+        "single_block0": model.single_blocks[0],
+    }
+    for label, part in parts.items():
+        part.register_forward_hook(lambda *call, label=label: seen.update({label: call[2]}))
+    golden_error(model, tensors)
+    out = {key.removeprefix("out/"): t for key, t in tensors.items() if key.startswith("out/")}
+    assert error(seen["img_in"], out.get("img_in", out.get("x_embedder"))) < 1e-5
+    img, txt = seen["double_block0"]
+    assert error(img, out["double_block0.img"]) < 1e-5
+    assert error(txt, out["double_block0.txt"]) < 1e-5
+    theirs = out.get("single_block0")
+    if theirs is None:  # diffusers keeps the streams apart
+        theirs = torch.cat((out["single_block0.txt"], out["single_block0.img"]), dim=1)
+    assert error(seen["single_block0"], theirs) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["flux_tiny_diffusers", "flux_tiny_dcgen_c32_diffusers"])
+def test_rotary_table_is_the_references(name):
+    tensors, metadata = golden(name)
+    axes = json.loads(metadata["config"])["axes_dims_rope"]
+    grid = tuple(int(n) + 1 for n in tensors["in/img_ids"][:, 1:].amax(0))
+    length = tensors["in/txt_ids"].shape[0]
+    table = flux.rope_table(length, grid, axes, 1, torch.device("cpu"))
+    for ours, theirs in zip(table, (tensors["out/rope.cos"], tensors["out/rope.sin"])):
+        assert error(ours[:, 0].repeat_interleave(2, dim=-1), theirs) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("changes", "grid", "length", "batch"),
+    [
+        ({}, (1, 1), 1, 1),
+        ({}, (3, 11), 9, 2),
+        ({"guidance_embeds": False}, (7, 4), 5, 3),
+        ({"in_channels": 32}, (9, 5), 4, 2),
+        ({"in_channels": 128, "axes_dims_rope": [8, 2, 6]}, (2, 13), 3, 2),
+        ({"num_layers": 3, "num_single_layers": 1, "num_attention_heads": 5}, (4, 4), 8, 2),
+        ({"num_layers": 1, "num_single_layers": 0}, (4, 4), 8, 1),
+    ],
+)
+def test_any_size_agrees_with_diffusers(changes, grid, length, batch, tmp_path):
+    reference, config = diffusers_model(**changes)
+    reference.save_pretrained(tmp_path)
+    model = Flux.from_pretrained(tmp_path)
+    inputs = random_inputs(config, batch, grid, length)
+    relative = error(run(model, inputs), run_diffusers(reference, inputs))
+    print(f"{relative:.1e}")
+    assert relative < 1e-5
+
+
+def diffusers_model(**changes):
+    diffusers = pytest.importorskip(
+        "diffusers", reason="diffusers, the reference, is not installed"
+    )
+    config = {**TINY, **changes}
+    torch.manual_seed(0)
+    reference = diffusers.FluxTransformer2DModel(**config).eval()
+    with torch.no_grad():
+        for weight in reference.parameters():
+            weight += 0.05 * torch.randn_like(weight)  # norms away from 1, biases from 0
+    return reference, config
+
+
+def run(model: Flux, inputs: dict) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs)
+
+
+def run_diffusers(reference, inputs: dict) -> Tensor:
+    latents = inputs["noisy_latents"]
+    patch = 2 if reference.config.in_channels == 64 else 1
+    height, width = (n // patch for n in latents.shape[2:])
+    patches = latents.unfold(2, patch, patch).unfold(3, patch, patch)  # (B, C, h', w', p, p)
+    tokens = patches.permute(0, 2, 3, 1, 4, 5).reshape(latents.shape[0], height * width, -1)
+    ids = torch.tensor([(0.0, row, col) for row in range(height) for col in range(width)])
+    with torch.no_grad():
+        out = reference(
+            hidden_states=tokens,
+            encoder_hidden_states=inputs["text"],
+            pooled_projections=inputs["pooled_text"],
+            timestep=inputs["timestep"],
+            guidance=inputs.get("guidance"),
+            img_ids=ids,
+            txt_ids=torch.zeros(inputs["text"].shape[1], 3),
+        ).sample
+    return unpack(out, height, width, patch)
+
+
+# ---- parity would notice
+
+
+def swap_blocks(model: Flux) -> None:
+    model.double_blocks[0], model.double_blocks[1] = model.double_blocks[1], model.double_blocks[0]
+
+
+def swap_single_blocks(model: Flux) -> None:
+    model.single_blocks[0], model.single_blocks[1] = model.single_blocks[1], model.single_blocks[0]
+
+
+def swap_shift_and_scale(model: Flux) -> None:
+    last = model.final_layer.adaLN_modulation[1]
+    last.weight.data, last.bias.data = (
+        torch.cat(t.chunk(2)[::-1]) for t in (last.weight.data, last.bias.data)
+    )
+
+
+def swap_block_shift_and_scale(model: Flux) -> None:
+    lin = model.single_blocks[0].modulation.lin
+    for tensor in (lin.weight, lin.bias):
+        shift, scale, gate = tensor.data.chunk(3)
+        tensor.data = torch.cat((scale, shift, gate))
+
+
+def swap_rotary_axes(model: Flux) -> None:
+    time, row, col = model.config["axes_dims_rope"]
+    model.config["axes_dims_rope"] = [row, time, col]
+
+
+def swap_streams(model: Flux) -> None:
+    block = model.double_blocks[0]
+    block.img_attn, block.txt_attn = block.txt_attn, block.img_attn
+
+
+def swap_query_and_key_norm(model: Flux) -> None:
+    norm = model.single_blocks[0].norm
+    norm.query_norm, norm.key_norm = norm.key_norm, norm.query_norm
+
+
+MUTATIONS = [
+    swap_blocks,
+    swap_single_blocks,
+    swap_shift_and_scale,
+    swap_block_shift_and_scale,
+    swap_rotary_axes,
+    swap_streams,
+    swap_query_and_key_norm,
+]
+
+
+@pytest.mark.parametrize("mutate", MUTATIONS)
+def test_a_mutation_is_caught(mutate, tmp_path):
+    model, tensors = golden_model("flux_tiny_diffusers", tmp_path)
+    mutate(model)
+    relative = golden_error(model, tensors)
+    print(f"{mutate.__name__}: {relative:.1e}")
+    assert relative > 1e-4
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_a_wrong_norm_eps_is_caught(norm, tmp_path, monkeypatch):
+    """An eps shows on small activations: the layers in front of the norms are shrunk."""
+    reference, config = diffusers_model()
+    layers = [reference.x_embedder, reference.context_embedder]
+    for block in reference.single_transformer_blocks:
+        layers += [block.attn.to_q, block.attn.to_k]
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight *= 1e-3
+            layer.bias *= 1e-3
+    reference.save_pretrained(tmp_path)
+    model, inputs = Flux.from_pretrained(tmp_path), random_inputs(config)
+    theirs = run_diffusers(reference, inputs)
+    assert error(run(model, inputs), theirs) < 1e-5
+    right = getattr(flux.F, norm)
+    monkeypatch.setattr(flux.F, norm, lambda *call, eps=1e-6: right(*call[:3], eps=1e-5))
+    relative = error(run(model, inputs), theirs)
+    print(f"{norm}: {relative:.1e}")
+    assert relative > 1e-4
+
+
+# ---- names: what official files hold is what the full-size models have
+
+
+@pytest.mark.parametrize(
+    ("preset", "keys"),
+    [
+        ("flux-dev", "flux1-dev-bfl"),
+        ("flux-dev", "flux1-dev-diffusers"),
+        ("flux-krea", "flux1-dev-bfl"),
+        ("flux-krea", "flux1-dev-diffusers"),
+        ("flux-schnell", "flux1-dev-bfl"),
+        ("flux-schnell", "flux1-dev-diffusers"),
+        ("dc-gen-flux-1k", "dcgen-flux-1k-diffusers"),
+        ("dc-gen-flux-4k", "dcgen-flux-4k-diffusers"),
+    ],
+)
+def test_preset_has_the_official_names_and_shapes(preset, keys):
+    path = REFERENCE / "keys" / f"{keys}.json"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    official = {name: tuple(shape) for name, shape in json.loads(path.read_text()).items()}
+    if preset == "flux-schnell":  # dev without its guidance embedding
+        official = {name: shape for name, shape in official.items() if "guidance" not in name}
+    config = flux.PRESETS[preset]["config"]
+    assert config == flux.told_by_names(official)
+    with torch.device("meta"):
+        ours = Flux(**config).state_dict()
+    used = []
+    for name, (theirs, join) in flux.name_rows(ours, official).items():
+        parts = [torch.empty(official[their], device="meta") for their in theirs]
+        assert (join(*parts) if join else parts[0]).shape == ours[name].shape, name
+        used += theirs
+    assert sorted(used) == sorted(official)
+
+
+def test_a_repacked_file_with_prefix_loads(tmp_path):
+    model, tensors = golden_model("flux_tiny_bfl", tmp_path, prefix=flux.PREFIX)
+    assert golden_error(model, tensors) < 1e-5
+
+
+def test_diffusers_folders_load_single_sharded_and_inside_a_pipeline(tmp_path):
+    reference, config = diffusers_model()
+    inputs = random_inputs(config)
+    theirs = run_diffusers(reference, inputs)
+    reference.save_pretrained(tmp_path / "single")
+    reference.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    reference.save_pretrained(tmp_path / "pipeline" / "transformer")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    for folder in ("single", "sharded", "pipeline"):
+        model = Flux.from_pretrained(tmp_path / folder)
+        assert error(run(model, inputs), theirs) < 1e-5, folder
+
+
+def test_a_file_of_ours_carries_its_config(tmp_path):
+    model = tiny(in_channels=32, position_stride=2)
+    header = {"config": json.dumps(model.config)}
+    save_file(model.state_dict(), tmp_path / "ours.safetensors", header)
+    loaded = Flux.from_pretrained(tmp_path / "ours.safetensors")
+    assert loaded.config == model.config
+    inputs = random_inputs(model.config)
+    assert torch.equal(run(loaded, inputs), run(model, inputs))
+
+
+def test_a_run_takes_the_rest_from_its_base(tmp_path):
+    base, tuned = tiny(), tiny(in_channels=32, position_stride=2)
+    save_file(base.state_dict(), tmp_path / "b.safetensors", {"config": json.dumps(base.config)})
+    down, up = torch.randn(4, 32), torch.randn(96, 4)
+    trained = {k: v for k, v in tuned.state_dict().items() if k.startswith(("img_in", "final"))}
+    pair = {"double_blocks.0.img_attn.qkv.lora_A": down, "double_blocks.0.img_attn.qkv.lora_B": up}
+    header = {"stage": "lora", "base": str(tmp_path / "b.safetensors"), "alpha": "8"}
+    header["config"] = json.dumps(tuned.config)
+    save_file(trained | pair, tmp_path / "run.safetensors", header)
+    loaded = Flux.from_pretrained(tmp_path / "run.safetensors").state_dict()
+    expected = {**base.state_dict(), **trained}
+    expected["double_blocks.0.img_attn.qkv.weight"] += 8 / 4 * up @ down
+    assert loaded.keys() == expected.keys()
+    for name, tensor in loaded.items():
+        torch.testing.assert_close(tensor, expected[name])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"out_channels": 16},
+        {"patch_size": 2},
+        {"axes_dims_rope": [4, 6, 8]},
+        {"axes_dims_rope": [5, 5, 6]},
+        {"depth": 3},
+        {"in_channels": 32},
+        {"num_layers": 3},
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(change, tmp_path):
+    save_file(tiny().state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(UserError):
+        Flux.from_pretrained(tmp_path / "w.safetensors", config={**TINY, **change})
+
+
+# ---- identities
+
+
+def test_patches_go_out_as_they_came_in():
+    model, latents = tiny(), torch.randn(2, 16, 6, 10)
+    model.img_in = torch.nn.Identity()
+    tokens = model.embed(latents)
+    assert torch.equal(unpack(tokens, 3, 5, patch=2), latents)
+    assert torch.equal(model.unpatchify(tokens, 6, 10), latents)
+
+
+def test_tokens_of_a_coarser_grid_sit_between_those_they_replace():
+    def rows(grid: tuple, stride: int) -> Tensor:
+        cos, sin = flux.rope_table(0, grid, [2, 2, 2], stride, torch.device("cpu"))
+        return torch.atan2(sin, cos)[:, 0, 1].reshape(grid)[:, 0]  # first frequency is 1: the id
+
+    fine, coarse = rows((4, 4), 1), rows((2, 2), 2)
+    assert fine.tolist() == pytest.approx([0, 1, 2, 3], abs=1e-6)
+    assert coarse.tolist() == pytest.approx([0.5, 2.5], abs=1e-6)
+
+
+def test_attention_is_a_function_the_model_is_given():
+    model, inputs = tiny(), random_inputs(TINY)
+    usual = run(model, inputs)
+    shapes = []
+
+    def softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shapes.append(tuple(q.shape))
+        return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1) @ v
+
+    model.attention = softmax_attention
+    assert error(run(model, inputs), usual) < 1e-5
+    assert shapes == [(2, 2, 6 + 35, 16)] * 4  # (B, nh, L + N, hd), once a block
+
+
+def test_bf16_is_near_fp32_and_keeps_the_dtype_of_its_input():
+    model, inputs = tiny(), random_inputs(TINY)
+    exact = run(model, inputs)
+    rough = run(model.to(torch.bfloat16), inputs)
+    assert rough.dtype == torch.float32 and error(rough, exact) < 0.05
+    inputs["noisy_latents"] = inputs["noisy_latents"].bfloat16()
+    assert run(model, inputs).dtype == torch.bfloat16
+
+
+def test_autocast_trains():
+    model, inputs = tiny(), random_inputs(TINY)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**inputs).float().square().mean()
+    loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_fp16_streams_are_clipped():
+    wide = torch.tensor([1e5, -1e5]).half()
+    assert flux.clip(wide).tolist() == [65504, -65504]
+
+
+def test_what_a_call_lacks_is_told():
+    model, inputs = tiny(), random_inputs(TINY)
+    with pytest.raises(AssertionError, match="guidance"):
+        model(**{**inputs, "guidance": None})
+    with pytest.raises(AssertionError, match="patches"):
+        model(**{**inputs, "noisy_latents": torch.randn(2, 16, 5, 6)})
