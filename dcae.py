@@ -1,19 +1,74 @@
-"""DC-AE: an autoencoder that shrinks an image 32 or 64 times a side and still gives it back."""
+"""DC-AE: an autoencoder that shrinks an image 32 or 64 times a side and can still give it back.
+
+What    encode: (B, 3, H, W) pixels -> (B, C, H/f, W/f) latents; decode: the way back. With f = 32
+        and C = 32, 96 pixel values become one latent value; f8 with 16 channels makes it 12 to 1.
+Why     A diffusion transformer pays for tokens, and for 4096 x 4096 pixels f8 with 2x2 patches has
+        65,536 of them, f64 has 4,096. But an f8 network with more stages stacked on reconstructs
+        worse than without them, although the stages only have to hand on what they get: what is
+        missing is not capacity, it is an optimiser that finds the way.
+How     So handing on is built in and costs no weight. Halving the grid moves each 2x2 pixels into
+        channels, which loses nothing, and averages groups of them down to the new width; doubling
+        it repeats channels and moves them back into pixels. Convolutions learn the rest only:
+            down(h) = conv(h) + average(space_to_channel(h))                                (1)
+            up(h)   = conv(h) + channel_to_space(repeat(h))                                 (2)
+        The deepest stages see little of a pixel and much of the scene: there, ReLU linear attention
+        lets all positions talk at a cost linear in their number.
+        The 1.5 family goes on without attention. It was trained to decode from the first k channels
+        alone, for random k: the first channels then hold the layout, the later ones the detail, and
+        a diffusion model finds such latents easier. Any first k of its channels are valid latents.
+Source  DC-AE, arXiv 2410.10733; DC-AE 1.5, arXiv 2508.00413. Written from the papers and from the
+        names and shapes of the checkpoints (mit-han-lab/efficientvit, diffusers; Apache 2.0).
+Differs At 32 positions or fewer the reference forms the attention matrix; the linear form used here
+        is the same sum. A later empty stage (layers_per_block 0) still changes the grid here.
+Run     python dcae.py photo.jpg [--model NAME|PATH]: original | reconstruction | 4 x difference.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
-ACTIVATIONS = {"relu": F.relu, "silu": F.silu}
+from models.data import open_image
+from models.weights import (
+    Checkpoint,
+    Rows,
+    assign,
+    build,
+    open_model,
+    parse_config,
+    pick_device,
+    pick_dtype,
+    run,
+)
 
-# ---- model: shortcuts without weights
+
+@dataclass(frozen=True)
+class Config:
+    image: str  # any photo: rotated by its EXIF tag, alpha over white, CMYK, 16 bit, odd sizes
+    model: str = "dc-ae-f32c32-toy"  # a preset, a file, a folder or a hub id
+    weights: str | None = None  # a folder to look in instead of the hub
+    out: str = "runs/dcae.png"  # original | reconstruction | 4 x difference
+    device: str = ""  # cuda, then mps, then cpu
+    dtype: str = "fp32"  # fp32 | bf16 | fp16
+
+
+TILES_ABOVE = 2048 * 2048  # pixels; fp32 features at full size take 2 GB there
+
+# ---- model: the shortcuts that make deep compression trainable
 
 
 def average_channels(hidden: Tensor, channels: int) -> Tensor:
     """Down to `channels`: the mean of every run of consecutive channels."""
     if hidden.shape[1] == channels:
         return hidden
-    return hidden.unflatten(1, (channels, -1)).mean(2)      # (B, channels, h, w)
+    return hidden.unflatten(1, (channels, -1)).mean(2)  # (B, channels, h, w)
 
 
 def repeat_channels(hidden: Tensor, channels: int) -> Tensor:
@@ -23,37 +78,32 @@ def repeat_channels(hidden: Tensor, channels: int) -> Tensor:
 
 
 class Downsample(nn.Conv2d):
-    """Half the grid: a 3x3 convolution corrects what moving pixels into channels gives for free."""
+    """Half the grid, eq. (1). Being the convolution itself keeps its weight's name short."""
 
     def __init__(self, width: int, new_width: int, kind: str, shortcut: bool = True):
         unshuffle = kind == "pixel_unshuffle"  # every other spelling is the strided convolution
-        super().__init__(
-            width,
-            new_width // 4 if unshuffle else new_width,
-            kernel_size=3,
-            stride=1 if unshuffle else 2,
-            padding=1,
-        )
+        channels, stride = (new_width // 4, 1) if unshuffle else (new_width, 2)
+        super().__init__(width, channels, 3, stride, padding=1)
         self.new_width, self.unshuffle, self.shortcut = new_width, unshuffle, shortcut
 
-    def forward(self, hidden: Tensor) -> Tensor:            # (B, width, H, W)
+    def forward(self, hidden: Tensor) -> Tensor:  # (B, width, H, W)
         learned = super().forward(hidden)
         if self.unshuffle:
-            learned = F.pixel_unshuffle(learned, 2)         # (B, new_width, H/2, W/2)
+            learned = F.pixel_unshuffle(learned, 2)  # (B, new_width, H/2, W/2)
         if not self.shortcut:
             return learned
         return learned + average_channels(F.pixel_unshuffle(hidden, 2), self.new_width)
 
 
 class Upsample(nn.Conv2d):
-    """Twice the grid: the mirror image, channels move back into pixels."""
+    """Twice the grid, eq. (2)."""
 
     def __init__(self, width: int, new_width: int, kind: str, shortcut: bool = True):
         interpolate = kind == "interpolate"
         super().__init__(width, new_width if interpolate else 4 * new_width, 3, padding=1)
         self.new_width, self.interpolate, self.shortcut = new_width, interpolate, shortcut
 
-    def forward(self, hidden: Tensor) -> Tensor:            # (B, width, h, w)
+    def forward(self, hidden: Tensor) -> Tensor:  # (B, width, h, w)
         if self.interpolate:
             learned = super().forward(F.interpolate(hidden, scale_factor=2, mode="nearest"))
         else:
@@ -67,7 +117,7 @@ class Upsample(nn.Conv2d):
 
 
 class RMSNorm(nn.Module):
-    """hidden / sqrt(mean_c hidden^2 + eps) * weight + bias, at every pixel on its own."""
+    """hidden / sqrt(mean_c hidden^2 + eps) * weight + bias, at every position on its own."""
 
     def __init__(self, width: int, eps: float = 1e-5):
         super().__init__()
@@ -75,15 +125,15 @@ class RMSNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
         self.eps = eps
 
-    def forward(self, hidden: Tensor) -> Tensor:            # (B, C, h, w)
+    def forward(self, hidden: Tensor) -> Tensor:  # (B, D, h, w)
         # Statistics in fp32: bf16 keeps two to three digits, too few for a sum of 1024 squares.
         mean_square = hidden.float().square().mean(1, keepdim=True)
         normed = hidden * torch.rsqrt(mean_square + self.eps)
         return (normed * self.weight[:, None, None] + self.bias[:, None, None]).type_as(hidden)
 
 
-def make_norm(kind: str, width: int) -> nn.Module:
-    return {"rms_norm": RMSNorm, "batch_norm": nn.BatchNorm2d}[kind](width)
+NORMS = {"rms_norm": RMSNorm, "batch_norm": nn.BatchNorm2d}
+ACTIVATIONS = {"relu": F.relu, "silu": F.silu}
 
 
 class ResBlock(nn.Module):
@@ -91,7 +141,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm = make_norm(norm, width)
+        self.norm = NORMS[norm](width)
         self.act = ACTIVATIONS[act]
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -100,47 +150,46 @@ class ResBlock(nn.Module):
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-15) -> Tensor:
     """out_n = sum_m (q_n . k_m) v_m / (sum_m q_n . k_m + eps), reordered: N hd^2, not N^2 hd."""
-    summary = value @ key.mT                                # (B, nh, hd, hd), all a query needs
-    total = key.sum(-1, keepdim=True).mT                    # (B, nh, 1, hd)
-    return (summary @ query) / (total @ query + eps)        # (B, nh, hd, N)
+    summary = value @ key.mT  # (B, nh, hd, hd), all that a query needs to know of the image
+    total = key.sum(-1, keepdim=True).mT  # (B, nh, 1, hd)
+    return (summary @ query) / (total @ query + eps)  # (B, nh, hd, N)
 
 
 class Attention(nn.Module):
-    """ReLU linear attention; each extra scale adds heads that see k x k neighbourhoods."""
+    """Linear attention over ReLU features; each scale k adds heads that see k x k means."""
 
     def __init__(self, width: int, head_dim: int, scales: list[int], norm: str):
         super().__init__()
         self.head_dim = head_dim
         heads = width // head_dim
-        inner = 3 * heads * head_dim
-        self.qkv = nn.Conv2d(width, inner, 1, bias=False)
+        inner = heads * head_dim
+        self.qkv = nn.Conv2d(width, 3 * inner, 1, bias=False)
         self.multiscale = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(inner, inner, k, padding=k // 2, groups=inner, bias=False),
-                nn.Conv2d(inner, inner, 1, groups=3 * heads, bias=False),
+                nn.Conv2d(3 * inner, 3 * inner, k, padding=k // 2, groups=3 * inner, bias=False),
+                nn.Conv2d(3 * inner, 3 * inner, 1, groups=3 * heads, bias=False),
             )
             for k in scales
         )
-        self.proj = nn.Conv2d(heads * head_dim * (1 + len(scales)), width, 1, bias=False)
-        self.norm = make_norm(norm, width)
+        self.proj = nn.Conv2d(inner * (1 + len(scales)), width, 1, bias=False)
+        self.norm = NORMS[norm](width)
 
-    def forward(self, hidden: Tensor) -> Tensor:            # (B, C, h, w)
-        grid = hidden.shape[-2:]
-        qkv = self.qkv(hidden)                              # (B, 3C, h, w)
-        qkv = torch.cat([qkv, *(scale(qkv) for scale in self.multiscale)], 1)
-        # Channels are (head, q|k|v, hd): the thirds of one head lie together, those of C do not.
-        # Sums over all pixels overflow fp16 and blur in bf16: fp32, also under autocast.
+    def forward(self, hidden: Tensor) -> Tensor:  # (B, D, h, w)
+        qkv = self.qkv(hidden)
+        qkv = torch.cat([qkv, *(scale(qkv) for scale in self.multiscale)], 1)  # (B, 3 nh hd, h, w)
+        # A head's q, k and v lie together, (nh, 3, hd): the thirds of qkv are not q, k and v.
+        # Sums over all positions overflow fp16 and blur in bf16: fp32, under autocast as well.
         with torch.autocast(hidden.device.type, enabled=False):
-            query, key, value = (
-                qkv.float().flatten(2).unflatten(1, (-1, 3, self.head_dim)).unbind(2)
-            )                                               # (B, nh, hd, N) each
+            heads = qkv.float().flatten(2).unflatten(1, (-1, 3, self.head_dim))
+            query, key, value = heads.unbind(2)  # (B, nh, hd, N) each
             mixed = linear_attention(query.relu(), key.relu(), value)
-        mixed = mixed.type_as(qkv).flatten(1, 2).unflatten(2, grid)  # (B, nh hd, h, w)
+        mixed = mixed.type_as(qkv).flatten(1, 2)  # (B, nh hd, N)
+        mixed = mixed.unflatten(2, hidden.shape[-2:])  # (B, nh hd, h, w)
         return hidden + self.norm(self.proj(mixed))
 
 
 class GLUMBConv(nn.Module):
-    """Gated inverted bottleneck: expand 8x, mix 3x3 neighbours per channel, gate, project back."""
+    """Gated bottleneck: 2 x 4 the width, 3x3 neighbours mixed per channel, one half is the gate."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -167,110 +216,92 @@ class EfficientViTBlock(nn.Module):
 # ---- model: encoder, decoder
 
 
-def make_blocks(
-    kind: str, count: int, width: int, head_dim: int, scales: list[int], norm: str, act: str
-) -> list[nn.Module]:
+def pick(value: str | list[str], stage: int) -> str:
+    return value if isinstance(value, str) else value[stage]
+
+
+def make_blocks(config: dict, side: str, stage: int, norm: str, act: str) -> list[nn.Module]:
+    width = config[f"{side}_block_out_channels"][stage]
+    kind, norm, act = (pick(v, stage) for v in (config[f"{side}_block_types"], norm, act))
+    depth = range(config[f"{side}_layers_per_block"][stage])
     if kind == "ResBlock":
-        return [ResBlock(width, norm, act) for _ in range(count)]
-    return [EfficientViTBlock(width, head_dim, scales, norm) for _ in range(count)]
-
-
-def per_stage(value: str | list[str], stages: int) -> list[str]:
-    return [value] * stages if isinstance(value, str) else value
+        return [ResBlock(width, norm, act) for _ in depth]
+    if kind == "EfficientViTBlock":
+        head_dim, scales = config["attention_head_dim"], config[f"{side}_qkv_multiscales"][stage]
+        return [EfficientViTBlock(width, head_dim, scales, norm) for _ in depth]
+    raise ValueError(f"block type {kind!r} is neither ResBlock nor EfficientViTBlock")
 
 
 class Encoder(nn.Module):
     """Stage s works at 1/2^s of the image and ends with the step down to stage s + 1.
 
-    When stage 0 is empty conv_in takes that step, straight from the pixels.
+    When stage 0 is empty conv_in takes its step, straight from the pixels.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        latent_channels: int,
-        head_dim: int,
-        block_types: str | list[str],
-        widths: list[int],
-        depths: list[int],
-        scales: list[list[int]],
-        downsample: str,
-        shortcut: bool,
-    ):
+    def __init__(self, config: dict):
         super().__init__()
-        block_types = per_stage(block_types, len(widths))
-        if depths[0] > 0:
-            self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        else:
-            self.conv_in = Downsample(in_channels, widths[1], downsample, shortcut=False)
+        widths, kind = config["encoder_block_out_channels"], config["downsample_block_type"]
+        channels, self.latent_channels = config["in_channels"], config["latent_channels"]
+        self.shortcut = config["encoder_out_shortcut"]
+        skip = int(config["encoder_layers_per_block"][0] == 0)
+        self.conv_in = (
+            Downsample(channels, widths[1], kind, shortcut=False)
+            if skip
+            else nn.Conv2d(channels, widths[0], 3, padding=1)
+        )
         self.stages = nn.ModuleList()
-        for s, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-            stage = make_blocks(
-                block_types[s], depth, width, head_dim, scales[s], "rms_norm", "silu"
-            )
-            if s + 1 < len(widths) and (s > 0 or depth > 0):
-                stage.append(Downsample(width, widths[s + 1], downsample))
+        for s, width in enumerate(widths):
+            stage = make_blocks(config, "encoder", s, "rms_norm", "silu")
+            if skip <= s < len(widths) - 1:
+                stage.append(Downsample(width, widths[s + 1], kind))
             self.stages.append(nn.Sequential(*stage))
-        self.conv_out = nn.Conv2d(widths[-1], latent_channels, 3, padding=1)
-        self.latent_channels, self.shortcut = latent_channels, shortcut
+        self.conv_out = nn.Conv2d(widths[-1], self.latent_channels, 3, padding=1)
 
-    def forward(self, image: Tensor) -> Tensor:             # (B, 3, H, W)
-        hidden = self.conv_in(image)
+    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W)
+        hidden = self.conv_in(images)
         for stage in self.stages:
-            hidden = stage(hidden)                          # (B, widths[-1], h, w) at the end
-        latents = self.conv_out(hidden)                     # (B, C, h, w)
+            hidden = stage(hidden)  # (B, widths[-1], h, w) at the end
+        latents = self.conv_out(hidden)  # (B, C, h, w)
         if self.shortcut:
             latents = latents + average_channels(hidden, self.latent_channels)
         return latents
 
 
 class Decoder(nn.Module):
-    """The same stages run backwards: the step up comes first, then the blocks."""
+    """The same stages, run from the last to the first: a step up, then the blocks."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        latent_channels: int,
-        head_dim: int,
-        block_types: str | list[str],
-        widths: list[int],
-        depths: list[int],
-        scales: list[list[int]],
-        norms: str | list[str],
-        acts: str | list[str],
-        upsample: str,
-        shortcut: bool,
-        last_act: str,
-    ):
+    def __init__(self, config: dict):
         super().__init__()
-        block_types, norms, acts = (per_stage(v, len(widths)) for v in (block_types, norms, acts))
-        self.conv_in = nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
+        widths, kind = config["decoder_block_out_channels"], config["upsample_block_type"]
+        norms, acts = config["decoder_norm_types"], config["decoder_act_fns"]
+        self.width, self.shortcut = widths[-1], config["decoder_in_shortcut"]
+        self.act_out = ACTIVATIONS[config["decoder_conv_act_fn"]]
+        skip = int(config["decoder_layers_per_block"][0] == 0)
+        self.conv_in = nn.Conv2d(config["latent_channels"], widths[-1], 3, padding=1)
         self.stages = nn.ModuleList()
-        for s, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-            kind, norm, act = block_types[s], norms[s], acts[s]
-            stage = make_blocks(kind, depth, width, head_dim, scales[s], norm, act)
-            if s + 1 < len(widths) and (s > 0 or depth > 0):
-                stage.insert(0, Upsample(widths[s + 1], width, upsample))
+        for s, width in enumerate(widths):
+            stage = make_blocks(config, "decoder", s, norms, acts)
+            if skip <= s < len(widths) - 1:
+                stage.insert(0, Upsample(widths[s + 1], width, kind))
             self.stages.append(nn.Sequential(*stage))
-        if depths[0] > 0:
-            self.norm_out = RMSNorm(widths[0])
-            self.conv_out = nn.Conv2d(widths[0], in_channels, 3, padding=1)
-        else:
-            self.norm_out = RMSNorm(widths[1])
-            self.conv_out = Upsample(widths[1], in_channels, upsample, shortcut=False)
-        self.width, self.shortcut, self.last_act = widths[-1], shortcut, ACTIVATIONS[last_act]
+        self.norm_out = RMSNorm(widths[skip])
+        self.conv_out = (
+            Upsample(widths[1], config["in_channels"], kind, shortcut=False)
+            if skip
+            else nn.Conv2d(widths[0], config["in_channels"], 3, padding=1)
+        )
 
-    def forward(self, latents: Tensor) -> Tensor:           # (B, C, h, w)
-        hidden = self.conv_in(latents)                      # (B, widths[-1], h, w)
+    def forward(self, latents: Tensor) -> Tensor:  # (B, C, h, w)
+        hidden = self.conv_in(latents)  # (B, widths[-1], h, w)
         if self.shortcut:
             hidden = hidden + repeat_channels(latents, self.width)
         for stage in reversed(self.stages):
-            hidden = stage(hidden)                          # (B, widths[0], H, W) at the end
-        return self.conv_out(self.last_act(self.norm_out(hidden)))  # (B, 3, H, W)
+            hidden = stage(hidden)  # (B, widths[0], H, W) at the end
+        return self.conv_out(self.act_out(self.norm_out(hidden)))  # (B, 3, H, W)
 
 
 class DCAE(nn.Module):
-    """The keywords are the keys of config.json in diffusers' format; so are the defaults."""
+    """The keywords and their defaults are those of config.json in diffusers' format."""
 
     def __init__(
         self,
@@ -299,41 +330,305 @@ class DCAE(nn.Module):
         self.config = config
         self.latent_channels, self.scaling_factor = latent_channels, scaling_factor
         self.stride = 2 ** (len(encoder_block_out_channels) - 1)
-        self.encoder = Encoder(
-            in_channels,
-            latent_channels,
-            attention_head_dim,
-            encoder_block_types,
-            encoder_block_out_channels,
-            encoder_layers_per_block,
-            encoder_qkv_multiscales,
-            downsample_block_type,
-            encoder_out_shortcut,
-        )
-        self.decoder = Decoder(
-            in_channels,
-            latent_channels,
-            attention_head_dim,
-            decoder_block_types,
-            decoder_block_out_channels,
-            decoder_layers_per_block,
-            decoder_qkv_multiscales,
-            decoder_norm_types,
-            decoder_act_fns,
-            upsample_block_type,
-            decoder_in_shortcut,
-            decoder_conv_act_fn,
-        )
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
 
-    def encode(self, images: Tensor) -> Tensor:             # (B, 3, H, W) -> (B, C, h, w)
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        config: dict | None = None,
+        weights: str | None = None,
+    ) -> "DCAE":
+        """A file, a folder, a preset or a hub id, in dc-ai's names, diffusers' or ours."""
+        checkpoint, config, run = open_model(path, PRESETS, "vae", config, weights)
+        if config and "model_name" in config:  # config.json of a dc-ai repository: only a name
+            config = PRESETS.get(config["model_name"], {}).get("config")
+        model = build(cls, config, checkpoint.path)
+        assign(model, name_rows(model, checkpoint), checkpoint, (), device, dtype, run)
+        return model.eval()
+
+    def encode(self, images: Tensor, channels: int | None = None) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), or their first `channels`."""
         height, width = images.shape[-2:]
         assert height % self.stride == 0 and width % self.stride == 0, (
             f"image of {width}x{height}: both sides must be multiples of {self.stride}"
         )
-        return self.encoder(images) * self.scaling_factor
+        return self.encoder(images)[:, :channels] * self.scaling_factor
 
-    def decode(self, latents: Tensor) -> Tensor:            # (B, C, h, w) -> (B, 3, H, W)
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents -> (B, 3, H, W). The 1.5 family also takes the first channels alone."""
+        absent = self.latent_channels - latents.shape[1]
+        assert absent == 0 or (absent > 0 and not self.config["decoder_in_shortcut"]), (
+            f"latents of {latents.shape[1]} channels, this decoder takes {self.latent_channels}"
+        )
+        latents = F.pad(latents, (0, 0, 0, 0, 0, absent)) if absent else latents
         return self.decoder(latents / self.scaling_factor)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.decode(self.encode(images))
+
+
+# ---- official weights
+
+
+def family_1_0(latent_channels: int, widths: list[int], scaling_factor: float) -> dict:
+    """in: trained on ImageNet, mix: on more. ResBlocks at high resolution, attention below."""
+    deep = len(widths) - 3
+    types = ["ResBlock"] * 3 + ["EfficientViTBlock"] * deep
+    return {
+        "latent_channels": latent_channels,
+        "encoder_block_types": types,
+        "decoder_block_types": types,
+        "encoder_block_out_channels": widths,
+        "decoder_block_out_channels": widths,
+        "encoder_layers_per_block": [0, 4, 8] + [2] * deep,
+        "decoder_layers_per_block": [0, 5, 10] + [2] * deep,
+        "encoder_qkv_multiscales": [[]] * len(widths),
+        "decoder_qkv_multiscales": [[]] * len(widths),
+        "decoder_norm_types": ["batch_norm"] * 3 + ["rms_norm"] * deep,
+        "decoder_act_fns": ["relu"] * 3 + ["silu"] * deep,
+        "scaling_factor": scaling_factor,
+    }
+
+
+def family_1_5(widths: list[int], scaling_factor: float) -> dict:
+    """No attention, and no shortcut around the latent: it would mix the channels' order up."""
+    depths = [0, 5, 10] + [4] * (len(widths) - 3)
+    return {
+        "latent_channels": 128,
+        "encoder_block_out_channels": widths,
+        "decoder_block_out_channels": widths,
+        "encoder_layers_per_block": depths,
+        "decoder_layers_per_block": depths,
+        "encoder_out_shortcut": False,
+        "decoder_in_shortcut": False,
+        "decoder_conv_act_fn": "silu",
+        "scaling_factor": scaling_factor,
+    }
+
+
+F32 = [128, 256, 512, 512, 1024, 1024]
+F64, F128 = [*F32, 2048], [*F32, 2048, 2048]
+SANA = {  # the class's own widths and depths, with attention at two scales
+    "encoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    "decoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+    "downsample_block_type": "conv",
+    "upsample_block_type": "interpolate",
+    "scaling_factor": 0.41407,
+}
+SANA_LITE = SANA | {  # SANA's latents, a decoder without attention
+    "decoder_block_types": "ResBlock",
+    "decoder_layers_per_block": [0, 3, 5, 4, 4, 4],
+    "upsample_block_type": "pixel_shuffle",
+    "decoder_conv_act_fn": "silu",
+}
+
+
+def official(hub: str, config: dict) -> dict:
+    return {"hub": hub, "file": "model.safetensors", "config": config}
+
+
+MIT = "mit-han-lab/dc-ae-"
+PRESETS = {
+    "dc-ae-f32c32-toy": {"path": "models/toy/dc-ae-f32c32.safetensors"},
+    "dc-ae-f64c128-toy": {"path": "models/toy/dc-ae-f64c128.safetensors"},
+    "dc-ae-f32c32-in-1.0": official(MIT + "f32c32-in-1.0", family_1_0(32, F32, 0.3189)),
+    "dc-ae-f32c32-mix-1.0": official(MIT + "f32c32-mix-1.0", family_1_0(32, F32, 0.4552)),
+    "dc-ae-f64c128-in-1.0": official(MIT + "f64c128-in-1.0", family_1_0(128, F64, 0.2889)),
+    "dc-ae-f64c128-mix-1.0": official(MIT + "f64c128-mix-1.0", family_1_0(128, F64, 0.4538)),
+    "dc-ae-f128c512-in-1.0": official(MIT + "f128c512-in-1.0", family_1_0(512, F128, 0.4883)),
+    "dc-ae-f128c512-mix-1.0": official(MIT + "f128c512-mix-1.0", family_1_0(512, F128, 0.362)),
+    "dc-ae-f32c32-sana-1.0": official(MIT + "f32c32-sana-1.0", SANA),
+    "dc-ae-f32c32-sana-1.1": official(MIT + "f32c32-sana-1.1", SANA),
+    "dc-ae-lite-f32c32-sana-1.1": official("dc-ai/dc-ae-lite-f32c32", SANA_LITE),
+    # 1.0 stands in for a scaling factor that is published nowhere: reconstruction does not use it.
+    "dc-ae-f32c128-1.5": official("dc-ai/dc-ae-f32c128-1.5", family_1_5(F32, 1.0)),
+    "dc-ae-f64c128-1.5": official("dc-ai/dc-ae-f64c128-1.5", family_1_5([*F32, 1024], 0.5935)),
+}
+
+NAME_MAP = (  # official name -> ours, one rule after the other; our own names pass unchanged
+    # dc-ai (efficientvit): op_list and main are containers, conv a convolution inside its layer
+    (r"project_in(\.main)?(\.conv)+\.", "conv_in."),
+    (r"project_out(\.main)?\.op_list\.\d(\.conv)+\.", "conv_out."),
+    (r"project_out\.op_list\.0\.", "norm_out."),
+    (r"\.op_list\.", "."),
+    (r"\.context_module\.main\.", ".attn."),
+    (r"\.(qkv|proj)\.conv\.", r".\1."),
+    (r"\.proj\.norm\.", ".norm."),
+    (r"\.aggreg\.", ".multiscale."),
+    (r"\.local_module\.main\.(\w+)_conv\.conv\.", r".mlp.conv_\1."),
+    (r"\.local_module\.main\.point_conv\.norm\.", ".mlp.norm."),
+    (r"\.main\.conv2\.norm\.", ".norm."),
+    (r"\.main(\.conv\d)\.conv\.", r"\1."),
+    (r"\.main(\.conv)+\.", "."),
+    # diffusers
+    (r"(down|up)_blocks\.", "stages."),
+    (r"(stages\.\d+\.\d+|conv_in|conv_out)\.conv\.", r"\1."),
+    (r"(stages\.\d+\.\d+)\.conv_out\.", r"\1.mlp."),
+    (r"\.attn\.norm_out\.", ".attn.norm."),
+    (r"\.attn\.to_out\.", ".attn.proj."),
+    (r"\.to_qkv_multiscale\.(\d+)\.proj_in\.", r".multiscale.\1.0."),
+    (r"\.to_qkv_multiscale\.(\d+)\.proj_out\.", r".multiscale.\1.1."),
+)
+
+
+def our_name(name: str) -> str:
+    for official, ours in NAME_MAP:
+        name = re.sub(official, ours, name)
+    return name
+
+
+def to_conv(*linears: Tensor) -> Tensor:
+    """diffusers has linear layers where the others have 1x1 convolutions, and three for qkv."""
+    return torch.cat(linears)[:, :, None, None]
+
+
+def name_rows(model: DCAE, checkpoint: Checkpoint) -> Rows:
+    official = {our_name(name): name for name in checkpoint.shapes}
+    rows = {}
+    for ours in model.state_dict():
+        thirds = [official.get(ours.replace(".qkv.", f".to_{third}.")) for third in "qkv"]
+        names = tuple(thirds) if ".qkv." in ours and all(thirds) else (official.get(ours, ours),)
+        is_linear = ".attn." in ours and len(checkpoint.shapes.get(names[0], ())) == 2
+        rows[ours] = (names, to_conv if is_linear else None)
+    return rows
+
+
+# ---- tiles: images too large to hold at once
+
+
+def tile_starts(length: int, tile: int, stride: int) -> list[int]:
+    """Evenly spread, the first at 0, the last flush with the end, at most `stride` apart."""
+    steps = math.ceil(max(length - tile, 0) / stride)
+    return [(length - tile) * i // steps for i in range(steps + 1)] if steps else [0]
+
+
+def in_tiles(
+    function: Callable[[Tensor], Tensor],
+    whole: Tensor,
+    cell: int,
+    new_cell: int,
+    tile: int,
+    stride: int,
+) -> Tensor:
+    """Map overlapping tiles and blend them; a latent is `cell` wide before and `new_cell` after."""
+    rows, cols = whole.shape[-2] // cell, whole.shape[-1] // cell
+    total = weight = 0
+    for top in tile_starts(rows, tile, stride):
+        for left in tile_starts(cols, tile, stride):
+            there = whole[..., top * cell :, left * cell :][..., : tile * cell, : tile * cell]
+            piece = function(there)
+            height, width = piece.shape[-2:]
+            if isinstance(total, int):
+                total = piece.new_zeros(*piece.shape[:2], rows * new_cell, cols * new_cell)
+                weight = torch.zeros_like(total[:1, :1])
+            # A tile counts by the distance to its nearest edge, where it has seen least around it:
+            # over an overlap of two tiles this is the linear cross-fade.
+            y, x = (torch.arange(1, n + 1, device=piece.device) for n in (height, width))
+            ramp = torch.minimum(y, y.flip(0))[:, None] * torch.minimum(x, x.flip(0))  # (h, w)
+            area = (
+                ...,
+                slice(top * new_cell, top * new_cell + height),
+                slice(left * new_cell, left * new_cell + width),
+            )
+            total[area] += piece * ramp
+            weight[area] += ramp
+    return total / weight
+
+
+def tiled_encode(
+    autoencoder: nn.Module, images: Tensor, tile: int = 1024, stride: int = 896
+) -> Tensor:
+    """As autoencoder.encode(images), tile x tile pixels at a time. Any model with a .stride."""
+    f = autoencoder.stride
+    return in_tiles(autoencoder.encode, images, f, 1, tile // f, stride // f)
+
+
+def tiled_decode(
+    autoencoder: nn.Module, latents: Tensor, tile: int = 1024, stride: int = 896
+) -> Tensor:
+    f = autoencoder.stride
+    return in_tiles(autoencoder.decode, latents, 1, f, tile // f, stride // f)
+
+
+# ---- measure
+
+
+def psnr(image: Tensor, other: Tensor) -> float:
+    """10 log10(range^2 / mean squared error) in dB, for images in [-1, 1]."""
+    return 10 * math.log10(4 / max(F.mse_loss(image, other).item(), 1e-12))
+
+
+def ssim(image: Tensor, other: Tensor) -> float:
+    """Structural similarity (Wang et al. 2004): Gaussian 11 x 11 windows, sigma 1.5."""
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # 2 is the range of [-1, 1]
+    window = torch.exp(-(torch.arange(-5.0, 6.0) ** 2) / (2 * 1.5**2))
+    window = (window / window.sum()).to(image)
+
+    def blur(x: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 3, H - 10, W - 10)
+        kernel = window.expand(x.shape[1], 1, 1, -1)
+        return F.conv2d(F.conv2d(x, kernel, groups=x.shape[1]), kernel.mT, groups=x.shape[1])
+
+    mean_a, mean_b = blur(image), blur(other)
+    var_a, var_b = blur(image**2) - mean_a**2, blur(other**2) - mean_b**2
+    cov = blur(image * other) - mean_a * mean_b
+    light = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    return (light * (2 * cov + c2) / (var_a + var_b + c2)).mean().item()
+
+
+# ---- main
+
+
+def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
+    """Repeat the last row and column: (B, 3, H, W) -> the next multiples of both sides."""
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+
+
+def save_image(images: Tensor, path: Path) -> None:
+    """(3, H, W) in [-1, 1] to a PNG."""
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+
+
+@torch.no_grad()
+def main() -> None:
+    config = parse_config(Config, __doc__)
+    device, dtype = pick_device(config.device), pick_dtype(config.dtype)
+    image = open_image(config.image)[None]  # (1, 3, H, W)
+    model = DCAE.from_pretrained(config.model, device, dtype, weights=config.weights)
+    padded = pad_to_multiple(image, model.stride)
+    (height, width), (tall, wide) = image.shape[-2:], padded.shape[-2:]
+    tiled = tall * wide > TILES_ABOVE
+    note = f", padded to {wide}x{tall}" * (padded.shape != image.shape) + ", in tiles" * tiled
+    print(
+        f"dcae | {config.model} | {config.image} {width}x{height}{note} | {device} {config.dtype}"
+    )
+
+    images = padded.to(device, dtype)
+    latents = tiled_encode(model, images) if tiled else model.encode(images)  # (1, C, h, w)
+    decoded = tiled_decode(model, latents) if tiled else model.decode(latents)
+    decoded = decoded[..., :height, :width].float().cpu().clamp(-1, 1)
+    difference = 4 * (decoded - image).abs() - 1  # black where equal
+    save_image(torch.cat([image, decoded, difference], -1)[0], Path(config.out))
+
+    figures = {
+        "psnr": round(psnr(image, decoded), 2),
+        "ssim": round(ssim(image, decoded), 4) if min(height, width) >= 11 else None,
+        "latents": list(latents.shape[1:]),
+        "compression": round(padded.numel() / latents.numel(), 2),
+    }
+    print(
+        "PSNR {psnr} dB, SSIM {ssim}, latents {latents}, {compression} pixel values each".format(
+            **figures
+        )
+    )
+    print(json.dumps(figures | {"model": config.model, "image": config.image, "out": config.out}))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,8 +1,22 @@
-"""The FLUX autoencoder: 8x a side, 16 channels, a KL-regularised Gaussian latent."""
+"""The FLUX autoencoder: 8 times smaller a side, 16 channels. What DC-Gen moves away from.
+
+What    encode: (B, 3, H, W) pixels -> (B, 16, H/8, W/8) latents; decode: the way back.
+How     Residual convolutions at four resolutions, one attention layer at the coarsest. The encoder
+        predicts a Gaussian per latent value; training pulls it towards N(0, 1) a little (KL), which
+        keeps the latent space free of holes. Sampling takes the mean or draws from it:
+            latents = (mean + exp(logvar / 2) * noise - shift) * scale
+Source  The architecture of Rombach et al., arXiv 2112.10752, with the widths, names and shapes of
+        FLUX's ae.safetensors (black-forest-labs/flux, Apache 2.0).
+"""
+
+import re
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from models.weights import Checkpoint, Rows, UserError, assign, build, open_model
 
 NORM_EPS = 1e-6
 
@@ -18,8 +32,8 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(new_width, new_width, 3, padding=1)
         self.nin_shortcut = nn.Identity() if width == new_width else nn.Conv2d(width, new_width, 1)
 
-    def forward(self, hidden: Tensor) -> Tensor:            # (B, width, h, w)
-        new = self.conv1(F.silu(self.norm1(hidden)))        # (B, new_width, h, w)
+    def forward(self, hidden: Tensor) -> Tensor:  # (B, width, h, w)
+        new = self.conv1(F.silu(self.norm1(hidden)))  # (B, new_width, h, w)
         new = self.conv2(F.silu(self.norm2(new)))
         return self.nin_shortcut(hidden) + new
 
@@ -35,11 +49,11 @@ class AttnBlock(nn.Module):
         self.v = nn.Conv2d(width, width, 1)
         self.proj_out = nn.Conv2d(width, width, 1)
 
-    def forward(self, hidden: Tensor) -> Tensor:            # (B, D, h, w)
+    def forward(self, hidden: Tensor) -> Tensor:  # (B, D, h, w)
         normed = self.norm(hidden)
         query, key, value = (
             conv(normed).flatten(2).mT[:, None] for conv in (self.q, self.k, self.v)
-        )                                                   # (B, 1, h w, D) each
+        )  # (B, 1, h w, D) each
         mixed = F.scaled_dot_product_attention(query, key, value)
         mixed = mixed[:, 0].mT.unflatten(2, hidden.shape[-2:])  # (B, D, h, w)
         return hidden + self.proj_out(mixed)
@@ -61,8 +75,8 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
-    def forward(self, hidden: Tensor) -> Tensor:            # (B, D, h, w) -> (B, D, h/2, w/2)
-        return self.conv(F.pad(hidden, (0, 1, 0, 1)))       # right and bottom only, as trained
+    def forward(self, hidden: Tensor) -> Tensor:  # (B, D, h, w) -> (B, D, h/2, w/2)
+        return self.conv(F.pad(hidden, (0, 1, 0, 1)))  # right and bottom only, as trained
 
 
 class Upsample(nn.Module):
@@ -70,7 +84,7 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
-    def forward(self, hidden: Tensor) -> Tensor:            # (B, D, h, w) -> (B, D, 2h, 2w)
+    def forward(self, hidden: Tensor) -> Tensor:  # (B, D, h, w) -> (B, D, 2h, 2w)
         return self.conv(F.interpolate(hidden, scale_factor=2, mode="nearest"))
 
 
@@ -120,7 +134,7 @@ class Encoder(nn.Module):
         self.norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
 
-    def forward(self, images: Tensor) -> Tensor:            # (B, 3, H, W)
+    def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W)
         hidden = self.mid(self.down(self.conv_in(images)))  # (B, widths[-1], h, w)
         return self.conv_out(F.silu(self.norm_out(hidden)))  # (B, 2C, h, w), mean and log variance
 
@@ -147,10 +161,10 @@ class Decoder(nn.Module):
         self.norm_out = nn.GroupNorm(groups, widths[0], NORM_EPS)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
 
-    def forward(self, latents: Tensor) -> Tensor:           # (B, C, h, w)
+    def forward(self, latents: Tensor) -> Tensor:  # (B, C, h, w)
         hidden = self.mid(self.conv_in(latents))
         for level in reversed(self.up):
-            hidden = level(hidden)                          # (B, widths[0], H, W) at the end
+            hidden = level(hidden)  # (B, widths[0], H, W) at the end
         return self.conv_out(F.silu(self.norm_out(hidden)))  # (B, 3, H, W)
 
 
@@ -192,14 +206,29 @@ class FluxVAE(nn.Module):
             mid_block_add_attention,
         )
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        config: dict | None = None,
+        weights: str | None = None,
+    ) -> "FluxVAE":
+        """A file, a folder, a preset or a hub id, in BFL's names (which are ours) or diffusers'."""
+        checkpoint, config, run = open_model(path, PRESETS, "vae", config, weights)
+        model = build(cls, config and only_ours(config), checkpoint.path)
+        assign(model, name_rows(model, checkpoint), checkpoint, (), device, dtype, run)
+        return model.eval()
+
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the raw (unscaled) latent; training needs both for its KL."""
         height, width = images.shape[-2:]
         assert height % self.stride == 0 and width % self.stride == 0, (
             f"image of {width}x{height}: both sides must be multiples of {self.stride}"
         )
-        mean, logvar = self.encoder(images).chunk(2, 1)     # (B, C, h, w) each
-        return mean, logvar.clamp(-30, 20)                  # exp stays finite
+        mean, logvar = self.encoder(images).chunk(2, 1)  # (B, C, h, w) each
+        return mean, logvar.clamp(-30, 20)  # exp stays finite
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Latents (B, C, h, w): the mean, or with a generator a sample."""
@@ -209,8 +238,70 @@ class FluxVAE(nn.Module):
             raw = raw + torch.exp(0.5 * logvar) * noise.to(raw)
         return (raw - self.shift_factor) * self.scaling_factor
 
-    def decode(self, latents: Tensor) -> Tensor:            # (B, C, h, w) -> (B, 3, H, W)
+    def decode(self, latents: Tensor) -> Tensor:  # (B, C, h, w) -> (B, 3, H, W)
         return self.decoder(latents / self.scaling_factor + self.shift_factor)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.decode(self.encode(images))
+
+
+# ---- official weights
+
+PRESETS = {
+    "flux-vae-toy": {"path": "models/toy/flux-vae.safetensors"},
+    "flux-vae": {"hub": "black-forest-labs/FLUX.1-schnell", "file": "ae.safetensors", "config": {}},
+}
+
+# Keys of diffusers' config.json that this class has one answer to, and those without effect.
+FIXED = {
+    "act_fn": "silu",
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "latents_mean": None,
+    "latents_std": None,
+}
+UNUSED = ("down_block_types", "up_block_types", "sample_size", "force_upcast")
+
+NAME_MAP = (  # diffusers' name -> BFL's, one rule after the other; BFL's pass unchanged
+    (r"\.conv_norm_out\.", ".norm_out."),
+    (r"\.down_blocks\.(\d+)\.", r".down.\1."),
+    (r"\.resnets\.", ".block."),
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
+    (r"\.downsamplers\.0\.", ".downsample."),
+    (r"\.upsamplers\.0\.", ".upsample."),
+    (r"\.mid_block\.block\.0\.", ".mid.block_1."),
+    (r"\.mid_block\.block\.1\.", ".mid.block_2."),
+    (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."),
+    (r"\.attn_1\.group_norm\.", ".attn_1.norm."),
+    (r"\.attn_1\.to_([qkv])\.", r".attn_1.\1."),
+    (r"\.attn_1\.to_out\.0\.", ".attn_1.proj_out."),
+)
+
+
+def only_ours(config: dict) -> dict:
+    for key, value in FIXED.items():
+        if config.get(key, value) != value:
+            raise UserError(f"{key} is {config[key]!r} in the config, FluxVAE has {value!r} only")
+    return {key: value for key, value in config.items() if key not in (*FIXED, *UNUSED)}
+
+
+def our_name(name: str, levels: int) -> str:
+    for official, ours in NAME_MAP:
+        name = re.sub(official, ours, name)
+    # diffusers counts the decoder's levels from the coarsest, BFL from the finest.
+    return re.sub(r"\.up_blocks\.(\d+)\.", lambda m: f".up.{levels - 1 - int(m[1])}.", name)
+
+
+def to_conv(linear: Tensor) -> Tensor:
+    return linear[:, :, None, None]  # diffusers has linear layers where BFL has 1x1 convolutions
+
+
+def name_rows(model: FluxVAE, checkpoint: Checkpoint) -> Rows:
+    levels = len(model.config["block_out_channels"])
+    official = {our_name(name, levels): name for name in checkpoint.shapes}
+    rows = {}
+    for ours in model.state_dict():
+        name = official.get(ours, ours)
+        is_linear = ".attn_1." in ours and len(checkpoint.shapes.get(name, ())) == 2
+        rows[ours] = ((name,), to_conv if is_linear else None)
+    return rows

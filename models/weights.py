@@ -90,6 +90,13 @@ def pick_device(name: str = "") -> torch.device:
     return device
 
 
+def pick_dtype(name: str) -> torch.dtype:
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name not in kinds:
+        raise UserError(f"--dtype {name!r} is unknown; one of {', '.join(kinds)}")
+    return kinds[name]
+
+
 # ---- find
 
 
@@ -457,8 +464,8 @@ def joined_shape(row: tuple, checkpoint: Checkpoint) -> tuple | str:
 
 def merge_lora(weight: Tensor, run: Checkpoint, stem: str) -> Tensor:
     """weight + alpha / r * B @ A, summed in fp32: a small update would drown in a bf16 sum."""
-    down = run.get(f"{stem}.lora_A").to(weight.device).float()     # (r, in)
-    up = run.get(f"{stem}.lora_B").to(weight.device).float()       # (out, r)
+    down = run.get(f"{stem}.lora_A").to(weight.device).float()  # (r, in)
+    up = run.get(f"{stem}.lora_B").to(weight.device).float()  # (out, r)
     scale = float(run.metadata["alpha"]) / down.shape[0]
     return weight.float() + scale * (up @ down).view_as(weight)
 
