@@ -1,6 +1,9 @@
-"""Sampling: from noise to latents in a few steps of an ordinary differential equation.
+"""Sampling: from a prompt and a seed to a picture, along a differential equation.
 
-What    Schedules (which noise levels to visit), solvers (how to step between them) and guidance.
+What    python sample.py --model dc-gen-toy --prompt "a red circle left of a blue square"
+        Schedules (which noise levels to visit), solvers (how to step between them), guidance, and
+        the whole trip: text, transformer, autoencoder, PNG. A PNG carries its recipe; --from
+        x.png repeats it.
 Why     A flow-matching model predicts the velocity of a straight path between data and noise; an
         image is that path walked backwards. A deeply compressed latent has fewer tokens with more
         channels each, so it wants other noise levels than its base did: that is the shift below.
@@ -8,16 +11,55 @@ How     noisy = (1 - t) latents + t noise,   velocity = d noisy / dt = noise - l
         t = r s / (1 + (r - 1) s)            s falls evenly from 1; r > 1 dwells in the noise  (2)
         Euler: noisy += (t_next - t) velocity                                                  (3)
         DPM-Solver++ 2M: the same path in log signal-to-noise, with a memory of one step       (4)
+Cost    steps x one call of the transformer (two for SANA's guidance), and one decode.
 Source  FLUX.1 (mu of the token count), DC-Gen arXiv 2509.25180, SANA arXiv 2410.10629,
         DPM-Solver++ arXiv 2211.01095.
+Differs Sizes that the latent grid cannot hold are padded and cropped back, where diffusers rounds.
+        Noise is drawn on the CPU, one generator a picture: a seed here is another seed there.
+
+--model is a name in MODELS below, a diffusers pipeline folder, the weights of a transformer, or a
+run of ours.
 """
 
+import json
 import math
+import re
+import textwrap
+import time
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor, nn
 from tqdm import tqdm
+
+import dcae
+from models import flux, sana, text, vae, weights
+from models.weights import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "flux-toy"  # a name in MODELS or a path
+    prompt: str = "a red circle left of a blue square"
+    prompts: str = ""  # a .txt (a prompt a line) or .jsonl file ("prompt", perhaps "seed") instead
+    negative_prompt: str = ""  # SANA only: what to steer away from
+    size: str = ""  # pixels, WxH; any: padded to the latent grid and cropped back
+    steps: int = 0  # 0: the model's own
+    guidance: float = -1.0  # -1: the model's own
+    seed: int = 0  # of the first picture of a prompt; the next one has seed + 1
+    n: int = 1  # pictures a prompt
+    batch_size: int = 1  # 1: a picture is the same, to the bit, alone or among others
+    autoencoder: str = ""  # "": the model's own; a preset or a path
+    weights: str = ""  # a folder to look in instead of the hub
+    text_cache: str = ""  # a .safetensors file that keeps text embeddings
+    out: str = "samples"  # a folder; or one .png
+    from_: str = ""  # a PNG to repeat, or the .latents.safetensors of a decode that failed
+    device: str = ""  # "": cuda, then mps, then cpu
+    dtype: str = ""  # of the weights: float32 on the CPU and for toys, else bfloat16
+
 
 # ---- schedule
 
@@ -32,7 +74,7 @@ def timesteps(
     """The noise levels t to visit, (steps + 1,), from (nearly) 1 to 0: one formula, eq. (2).
 
     kind          even steps s                  shift ratio r
-    "flux"        1 .. 1/steps                  exp(mu), mu linear in tokens: .5 at 256, 1.15 at 4096
+    "flux"        1 .. 1/steps                  exp(mu), linear mu: .5 at 256 tokens, 1.15 at 4096
     "dc-gen-1k"   1 .. 1/steps                  sqrt(tokens * channels / 4096)
     "schnell"     1 .. 1/steps                  1
     "sana-euler"  1 .. r-shifted 1/1000         shift, 3 unless given
@@ -135,13 +177,496 @@ def predict(
 ) -> Tensor:
     """One guided velocity (B, C, h, w) in fp32: v(null) + guidance (v(cond) - v(null))."""
     batch, device = len(noisy_latents), noisy_latents.device
-    dtype = next((c.dtype for c in cond), noisy_latents.dtype)  # the text is in the model's
     if null_cond is None:
         t = torch.full((batch,), timestep, device=device)
         scale = () if guidance is None else (torch.full((batch,), guidance, device=device),)
-        return model(noisy_latents.to(dtype), t, *cond, *scale).float()
+        return model(noisy_latents, t, *cond, *scale).float()
     t = torch.full((2 * batch,), timestep, device=device)
     both = [torch.cat(pair) for pair in zip(null_cond, cond)]
-    doubled = torch.cat([noisy_latents, noisy_latents]).to(dtype)  # (2B, C, h, w)
+    doubled = torch.cat([noisy_latents, noisy_latents])  # (2B, C, h, w)
     without, with_text = model(doubled, t, *both).float().chunk(2)
     return without + guidance * (with_text - without)
+
+
+# ---- model
+
+TOY = dict(
+    text="toy", repo="toy", schedule="flux", solver="euler", steps=16, guidance=3.0, size=128
+)
+FLUX = dict(text="flux", schedule="flux", solver="euler", steps=28, guidance=3.5, size=1024)
+DC_GEN = dict(FLUX, steps=20)
+SANA = dict(
+    text="sana", schedule="sana-dpm", shift=3.0, solver="dpm", steps=20, guidance=4.5, size=1024
+)  # fmt: skip
+# `repo` has the text encoders; `autoencoder` is read from it too where it is the only right one.
+BFL, SANA_HUB = (
+    "black-forest-labs/FLUX.1-",
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
+)
+MODELS = {
+    "flux-toy": dict(TOY, autoencoder="flux-vae-toy"),
+    "dc-gen-toy": dict(TOY, autoencoder="dc-ae-f32c32-toy"),
+    "dc-gen-toy-f64": dict(TOY, autoencoder="dc-ae-f64c128-toy"),
+    "flux-dev": dict(FLUX, repo=BFL + "dev", autoencoder="flux-vae"),
+    "flux-krea": dict(FLUX, repo=BFL + "Krea-dev", autoencoder="flux-vae", guidance=4.5),
+    "flux-schnell": dict(
+        FLUX,
+        repo=BFL + "schnell",
+        autoencoder="flux-vae",
+        text="schnell",
+        schedule="schnell",
+        steps=4,
+    ),
+    "dc-gen-flux-1k": dict(DC_GEN, schedule="dc-gen-1k"),
+    "dc-gen-flux-4k": dict(DC_GEN, size=4096),
+    "sana-0.6b-512": dict(SANA, size=512),
+    "sana-0.6b": dict(SANA),
+    "sana-1.6b-512": dict(SANA, size=512),
+    "sana-1.6b": dict(SANA),
+    "sana-1.6b-2k": dict(SANA, size=2048),
+    "sana-1.6b-4k": dict(SANA, size=4096, shift=6.0),
+    "sana-1.5-1.6b": dict(SANA),
+    "dc-gen-sana-f64c128": dict(SANA, repo=SANA_HUB, autoencoder="dc-ae-f64c128-1.5"),
+}
+
+
+def describe(model: str, autoencoder: str = "") -> dict:
+    """All that is to know of a model but its weights: a row of MODELS plus where the parts are."""
+    path = Path(model)
+    if not path.exists():
+        if model not in MODELS:
+            names = ", ".join(MODELS)
+            raise UserError(
+                f"--model {model!r} is no file, no folder and no model; models: {names}"
+            )
+        repo = (flux.PRESETS | sana.PRESETS)[model].get("hub", "")
+        spec = {"transformer": model, "repo": repo, "autoencoder": repo} | MODELS[model]
+    elif (path / "model_index.json").exists():
+        spec = describe_pipeline(path)
+    else:
+        spec = describe_weights(path)
+    return spec | ({"autoencoder": autoencoder} if autoencoder else {})
+
+
+def describe_pipeline(folder: Path) -> dict:
+    """A diffusers pipeline: its scheduler's settings are the model's, and no default is assumed."""
+    network = weights.read_json(folder / "transformer" / "config.json")
+    scheduler = weights.read_json(folder / "scheduler" / "scheduler_config.json")
+    parts = dict.fromkeys(("transformer", "repo", "autoencoder"), str(folder))
+    dynamic, kind = scheduler.get("use_dynamic_shifting"), scheduler["_class_name"]
+    standard = dict(
+        algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", thresholding=False,
+        prediction_type="flow_prediction", final_sigmas_type="zero", euler_at_final=False,
+        use_flow_sigmas=True, use_lu_lambdas=False, use_karras_sigmas=False, use_beta_sigmas=False,
+        use_exponential_sigmas=False, stochastic_sampling=False, invert_sigmas=False,
+        shift_terminal=None, num_train_timesteps=1000, time_shift_type="exponential",
+        base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
+    )  # fmt: skip
+    odd = {k: v for k, v in scheduler.items() if k in standard and v != standard[k]}
+    if odd or kind not in ("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"):
+        raise UserError(f"{folder}/scheduler: {kind} with {odd} is not a schedule we know")
+    if network["_class_name"] == "SanaTransformer2DModel":
+        stride = 64 if network["in_channels"] == 128 else 32
+        spec = dict(SANA, **parts, size=stride * network["sample_size"])
+        if kind == "DPMSolverMultistepScheduler":
+            return dict(spec, shift=scheduler["flow_shift"])
+        return dict(spec, schedule="sana-euler", solver="euler", shift=scheduler["shift"])
+    spec = describe_flux(network["in_channels"], network["guidance_embeds"]) | parts
+    spec |= {"text": "flux"}  # 512 tokens, as the pipeline has it for schnell too
+    if spec["schedule"] == "dc-gen-1k":  # whatever its scheduler says
+        return spec
+    return dict(spec, schedule="flux", shift=None if dynamic else scheduler["shift"])
+
+
+def describe_flux(in_channels: int, guidance: bool) -> dict:
+    """What a FLUX's own shape tells: DC-Gen's 1K model is the one with 32 channels, 4K has 128."""
+    names = {32: "dc-gen-flux-1k", 128: "dc-gen-flux-4k"}
+    return describe(names.get(in_channels, "flux-dev" if guidance else "flux-schnell"))
+
+
+def describe_weights(path: Path) -> dict:
+    """A transformer's weights alone, or a run of ours, whose header names base and autoencoder."""
+    checkpoint = weights.open_checkpoint(path, "transformer")
+    if checkpoint.is_run:
+        spec = describe(checkpoint.metadata["base"])
+        spec |= {"transformer": str(path), "autoencoder": checkpoint.metadata["autoencoder"]}
+        if spec["text"] == "flux" and (checkpoint.config or {}).get("in_channels") == 32:
+            spec["schedule"] = "dc-gen-1k"
+        return spec
+    embedder = [
+        s
+        for n, s in checkpoint.shapes.items()
+        if n.endswith(("img_in.weight", "x_embedder.weight"))
+    ]
+    if embedder:
+        guidance = any("guidance" in name for name in checkpoint.shapes)
+        return describe_flux(embedder[0][1], guidance) | {"transformer": str(path)}
+    return describe("sana-1.6b") | {"transformer": str(path)}
+
+
+def load_pipeline(
+    model: str,
+    autoencoder: str = "",
+    folder: str = "",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[dict, nn.Module, nn.Module]:
+    """(what `describe` says, transformer, autoencoder). Encode text first: it needs the room."""
+    spec = describe(model, autoencoder)
+    cls, where = sana.Sana if spec["text"] == "sana" else flux.Flux, folder or None
+    transformer = cls.from_pretrained(spec["transformer"], device, dtype, weights=where)
+    decoder = load_autoencoder(spec["autoencoder"], folder, device, dtype)
+    if transformer.latent_channels != decoder.latent_channels:
+        raise UserError(
+            f"{model} makes latents of {transformer.latent_channels} channels, and "
+            f"{spec['autoencoder']} reads {decoder.latent_channels}: --autoencoder must be the one "
+            f"that it was trained with"
+        )
+    return spec, transformer.eval(), decoder
+
+
+def load_autoencoder(
+    source: str, folder: str, device: str | torch.device, dtype: torch.dtype
+) -> nn.Module:
+    """A DCAE or a FluxVAE: the tensor names tell which."""
+    where, presets = folder or None, dcae.PRESETS | vae.PRESETS
+    path, _ = weights.locate(source, presets, where, "vae")
+    names = weights.open_checkpoint(path, "vae").shapes
+    is_vae = any(re.match(r"encoder\.(down\.0\.block|down_blocks\.0\.resnets)\.", n) for n in names)
+    cls = vae.FluxVAE if is_vae else dcae.DCAE
+    # fp16 ends at 65504, and activations of these decoders pass it.
+    dtype = torch.float32 if dtype == torch.float16 else dtype
+    return cls.from_pretrained(source, device, dtype, weights=where).eval()
+
+
+def encode_text(
+    config: Config, spec: dict, prompts: list[str], device: torch.device, dtype: torch.dtype
+) -> tuple[text.Cond, text.Cond]:
+    """(cond, null_cond) on the CPU; null_cond is empty unless SANA is guided."""
+    repo = spec["repo"]
+    if config.weights and spec["text"] != "toy" and not Path(repo).exists():
+        repo = str(weights.in_folder(Path(config.weights), {"hub": repo}))
+    guided = spec["text"] == "sana" and config.guidance > 1
+    negatives = [config.negative_prompt] if guided else []
+    cache = config.text_cache or None
+    return text.encode(spec["text"], repo, prompts, negatives, device, dtype, cache)
+
+
+# ---- picture
+
+
+@torch.no_grad()
+def decode(autoencoder: nn.Module, latents: Tensor) -> Tensor:
+    """(B, C, h, w) -> images (B, 3, H, W) on the CPU, one by one, in tiles if memory is short."""
+    first = next(autoencoder.parameters())
+    images = []
+    for single in latents.to(first.device, first.dtype).split(1):
+        image = None
+        if decode_bytes(autoencoder, single) < free_bytes(first.device):
+            try:
+                image = autoencoder.decode(single).float().cpu()
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+        images.append(decode_tiled(autoencoder, single) if image is None else image)
+    return torch.cat(images)
+
+
+def decode_bytes(autoencoder: nn.Module, latents: Tensor) -> int:
+    """An estimate: the widest layers at full resolution, of which a few are alive at once."""
+    config = autoencoder.config
+    width = config.get("decoder_block_out_channels") or config["block_out_channels"]
+    pixels = latents[0, 0].numel() * autoencoder.stride**2
+    return 6 * width[0] * pixels * latents.element_size()
+
+
+def free_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 8 * 2**30  # what a laptop can spare
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
+def decode_tiled(
+    autoencoder: nn.Module, latents: Tensor, tile: int = 1024, step: int = 896
+) -> Tensor:
+    """Tiles of `tile` pixels every `step`, faded into each other where they overlap.
+
+    Small tiles show: DC-AE's attention sums over the whole tile, so flat skies differ from tile to
+    tile; 1024 and 896 is what SANA's authors found to be safe at 4096 x 4096.
+    """
+    f, (height, width) = autoencoder.stride, latents.shape[2:]
+    image = torch.zeros(1, 3, height * f, width * f)
+    total = torch.zeros(1, 1, height * f, width * f)
+    for top in tile_starts(height, tile // f, step // f):
+        for left in tile_starts(width, tile // f, step // f):
+            part = latents[:, :, top : top + tile // f, left : left + tile // f]
+            pixels = autoencoder.decode(part).float().cpu()
+            fade = fade_in_out(pixels.shape[2], tile - step)[:, None]
+            fade = fade * fade_in_out(pixels.shape[3], tile - step)  # (H, W) of the tile
+            bottom, right = top * f + pixels.shape[2], left * f + pixels.shape[3]
+            image[:, :, top * f : bottom, left * f : right] += fade * pixels
+            total[:, :, top * f : bottom, left * f : right] += fade
+    return image / total
+
+
+def tile_starts(length: int, tile: int, step: int) -> list[int]:
+    """The last tile ends where the latents end, so that none is thin."""
+    starts = range(0, max(length - tile, 0) + step, step)
+    return [min(start, max(length - tile, 0)) for start in starts]
+
+
+def fade_in_out(length: int, overlap: int) -> Tensor:
+    ramp = torch.arange(1, length + 1)
+    return torch.minimum(ramp, ramp.flip(0)).clamp(max=overlap) / overlap
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] -> a picture."""
+    pixels = (image.float().clamp(-1, 1) + 1) * 127.5
+    return Image.fromarray(pixels.round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def contact_sheet(columns: dict[str, Tensor], rows: list[str]) -> Image.Image:
+    """A labelled column of images (B, 3, H, W) for each model, a labelled row for each prompt."""
+    font, margin, line = ImageFont.load_default(), 170, 24
+    height, width = next(iter(columns.values())).shape[2:]
+    sheet = Image.new(
+        "RGB", (margin + len(columns) * (width + 4), line + len(rows) * (height + 4)), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    for y, row in enumerate(rows):
+        words = textwrap.fill(row, margin // 7)
+        draw.multiline_text((6, line + y * (height + 4) + 4), words, "black", font)
+    for x, (name, images) in enumerate(columns.items()):
+        left = margin + x * (width + 4)
+        draw.text((left + 4, 6), name, "black", font)
+        for y, image in enumerate(images):
+            picture = to_pil(image).resize((width, height))  # other sizes: seen at the first's
+            sheet.paste(picture, (left, line + y * (height + 4)))
+    return sheet
+
+
+# ---- main
+
+
+def read_jobs(config: Config) -> list[tuple[str, int]]:
+    """(prompt, seed) of every picture."""
+    rows = [{"prompt": config.prompt}]
+    if config.prompts:
+        path = Path(config.prompts)
+        if path.suffix not in (".txt", ".jsonl") or not path.is_file():
+            raise UserError(f"--prompts {path}: wanted a .txt or .jsonl file that exists")
+        lines = path.read_text("utf-8-sig", errors="replace").splitlines()
+        lines = [line for line in lines if line.strip()]
+        try:
+            rows = [json.loads(r) if path.suffix == ".jsonl" else {"prompt": r} for r in lines]
+            rows = [
+                {"prompt": str(r["prompt"]), "seed": int(r.get("seed", config.seed))} for r in rows
+            ]
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(
+                f'{path}: every line is an object like {{"prompt": "a fox", "seed": 0}} ({error!r})'
+            ) from None
+    if not rows or config.n < 1 or config.batch_size < 1:
+        raise UserError(f"--prompts has {len(rows)} prompts; they, --n and --batch-size start at 1")
+    jobs = [(r["prompt"], r.get("seed", config.seed) + i) for r in rows for i in range(config.n)]
+    if any(not 0 <= seed < 2**63 for _, seed in jobs):
+        raise UserError(f"--seed {config.seed}: wanted 0 .. 2^63 - 1")
+    return jobs
+
+
+def parse_size(size: str) -> tuple[int, int]:
+    """ "WxH" -> (height, width)."""
+    match = re.fullmatch(r"(\d+)x(\d+)", size)
+    if not match:
+        raise UserError(f"--size {size!r}: wanted WxH in pixels, for instance 1024x768")
+    return int(match[2]), int(match[1])
+
+
+def latent_grid(size: tuple[int, int], stride: int, patch: int) -> tuple[int, int]:
+    """The latents (h, w) that hold an image of `size`: whole tokens, so often a little more."""
+    unit = stride * patch  # pixels a side that one token covers
+    if min(size) < unit:
+        raise UserError(
+            f"--size {size[1]}x{size[0]} is below this model's minimum of {unit}x{unit}"
+        )
+    return tuple(math.ceil(side / unit) * patch for side in size)
+
+
+def crop(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """The middle of (..., H, W)."""
+    top, left = ((full - side) // 2 for full, side in zip(image.shape[-2:], size))
+    return image[..., top : top + size[0], left : left + size[1]]
+
+
+def output_paths(out: str, jobs: list[tuple[str, int]]) -> list[Path]:
+    """Named by index and seed: a prompt may hold anything."""
+    folder = Path(out)
+    if folder.suffix == ".png" and len(jobs) > 1:
+        raise UserError(
+            f"--out {out} is one file and there are {len(jobs)} pictures: name a folder"
+        )
+    if folder.suffix != ".png" and folder.is_file():
+        raise UserError(f"--out {out} is a file: name a folder, or a .png")
+    names = [f"{i:04d}_seed{seed}.png" for i, (_, seed) in enumerate(jobs)]
+    paths = [folder] if folder.suffix == ".png" else [folder / name for name in names]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    return paths
+
+
+def read_recipe(config: Config) -> tuple[Config, Tensor | None]:
+    """The config of a PNG, or of kept latents (and they), on this machine's terms."""
+    path = Path(config.from_)
+    latents = None
+    if path.suffix == ".safetensors":
+        saved = weights.open_checkpoint(path)
+        recipe = saved.metadata.get("recipe")
+        latents = saved.get("latents") if recipe else None
+    else:
+        try:
+            with Image.open(path) as image:
+                recipe = image.info.get("recipe")
+        except OSError as error:
+            raise UserError(f"--from {path} is not a readable picture ({error})") from None
+    try:
+        told = Config(**json.loads(recipe))
+    except (TypeError, ValueError):
+        raise UserError(f"--from {path} carries no recipe of this program") from None
+    here = {k: getattr(config, k) or getattr(told, k) for k in ("device", "weights", "text_cache")}
+    return replace(told, out=config.out, from_="", **here), latents
+
+
+def complete(config: Config, spec: dict, device: torch.device) -> Config:
+    """Every default filled in, so that the recipe in the PNG needs none."""
+    plain = device.type != "cuda" or spec["text"] == "toy"
+    dtype = config.dtype or ("float32" if plain else "bfloat16")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise UserError(f"--dtype {dtype!r}: wanted float32, bfloat16 or float16")
+    if config.negative_prompt and spec["text"] != "sana":
+        raise UserError("--negative-prompt is for SANA: FLUX is guidance-distilled and takes none")
+    if config.steps < 0:
+        raise UserError(f"--steps {config.steps}: wanted 1 or more, or 0 for the model's own")
+    return replace(
+        config,
+        dtype=dtype,
+        device=str(device),
+        steps=config.steps or spec["steps"],
+        guidance=spec["guidance"] if config.guidance < 0 else config.guidance,
+        size=config.size or f"{spec['size']}x{spec['size']}",
+    )
+
+
+def recipe(config: Config, prompt: str, seed: int) -> str:
+    return json.dumps(asdict(replace(config, prompt=prompt, prompts="", seed=seed, n=1)))
+
+
+def save_pictures(
+    autoencoder: nn.Module, latents: Tensor, paths: list[Path], recipes: list[str]
+) -> None:
+    """Decode, crop, write. Latents took minutes to make: they are kept if the decoder fails."""
+    size = parse_size(json.loads(recipes[0])["size"])
+    for single, path, note in zip(latents.split(1), paths, recipes):
+        try:
+            (image,) = decode(autoencoder, single)
+        except RuntimeError as error:  # out of memory, on any device
+            kept = path.with_suffix(".latents.safetensors")
+            weights.save(kept, {"latents": single}, {"recipe": note})
+            raise UserError(
+                f"decoding failed ({str(error).splitlines()[0]}); the latents are in {kept}: "
+                f"python sample.py --from {kept} decodes them, with --device cpu if need be"
+            ) from error
+        chunk = PngImagePlugin.PngInfo()
+        chunk.add_text("recipe", note)
+        to_pil(crop(image, size)).save(path, pnginfo=chunk)
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def decode_kept(config: Config, latents: Tensor) -> None:
+    """`--from x.latents.safetensors`: the end of a run whose decoder failed."""
+    device = weights.pick_device(config.device)
+    source = describe(config.model, config.autoencoder)["autoencoder"]
+    autoencoder = load_autoencoder(source, config.weights, device, getattr(torch, config.dtype))
+    paths = output_paths(config.out, [(config.prompt, config.seed)])
+    save_pictures(autoencoder, latents, paths, [recipe(config, config.prompt, config.seed)])
+    print(json.dumps({"stage": "decode", "files": [str(paths[0])]}))
+
+
+def main() -> None:
+    config = weights.parse_config(Config, __doc__)
+    if config.from_:
+        config, kept_latents = read_recipe(config)
+        if kept_latents is not None:
+            return decode_kept(config, kept_latents)
+    device = weights.pick_device(config.device)
+    spec = describe(config.model, config.autoencoder)
+    config = complete(config, spec, device)
+    dtype, size, jobs = getattr(torch, config.dtype), parse_size(config.size), read_jobs(config)
+    paths = output_paths(config.out, jobs)
+
+    times = [clock(device)]
+    cond, null_cond = encode_text(config, spec, [prompt for prompt, _ in jobs], device, dtype)
+    times.append(clock(device))
+    spec, transformer, autoencoder = load_pipeline(
+        config.model, config.autoencoder, config.weights, device, dtype
+    )
+    times.append(clock(device))
+    seconds = {"text": times[1] - times[0], "load": times[2] - times[1], "sample": 0, "decode": 0}
+
+    grid = latent_grid(size, autoencoder.stride, transformer.patch_size)
+    channels, tokens = transformer.latent_channels, math.prod(grid) // transformer.patch_size**2
+    sigmas = timesteps(config.steps, spec["schedule"], tokens, channels, spec.get("shift"))
+    print_header(config, spec, grid, tokens, autoencoder.stride)
+    batches = range(0, len(jobs), config.batch_size)
+    with tqdm(total=len(batches) * config.steps, desc="sample", unit="step") as bar:
+        for first in batches:
+            rows = slice(first, first + config.batch_size)
+            noise = draw_noise([seed for _, seed in jobs[rows]], (channels, *grid)).to(device)
+            words = tuple(c[rows].to(device) for c in cond)
+            null = tuple(c.expand(len(noise), *c.shape[1:]).to(device) for c in null_cond) or None
+            guidance = config.guidance if null or spec["text"] != "sana" else None
+            times = [clock(device)]
+            latents = sample(transformer, words, noise, sigmas, guidance, null, spec["solver"], bar)
+            times.append(clock(device))
+            save_pictures(
+                autoencoder, latents, paths[rows], [recipe(config, *job) for job in jobs[rows]]
+            )
+            seconds["sample"] += times[1] - times[0]
+            seconds["decode"] += clock(device) - times[1]
+    report(config, paths, tokens, seconds, device)
+
+
+def print_header(
+    config: Config, spec: dict, grid: tuple[int, int], tokens: int, stride: int
+) -> None:
+    print(
+        f"sample | {config.model} + {spec['autoencoder']} | {config.size}, {tokens} tokens | "
+        f"{config.steps} {spec['solver']} steps, guidance {config.guidance:g} | {config.dtype} | "
+        f"seed {config.seed} | {config.device}"
+    )
+    made = f"{grid[1] * stride}x{grid[0] * stride}"
+    if made != config.size:
+        print(f"{config.size} does not fit the latent grid: made as {made}, its middle kept")
+
+
+def report(
+    config: Config, paths: list[Path], tokens: int, seconds: dict, device: torch.device
+) -> None:
+    seconds = {name: round(value, 3) for name, value in seconds.items()}
+    peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+    print("\n   " + "".join(f"{name:>10}" for name in seconds))
+    print("s  " + "".join(f"{value:10.2f}" for value in seconds.values()))
+    print(f"\nsaved  {paths[0]}" + f"  and {len(paths) - 1} more" * (len(paths) > 1))
+    print(f"next   python sample.py --from {paths[0]}   # the same picture again")
+    figures = {"stage": "sample", "model": config.model, "size": config.size, "tokens": tokens}
+    figures |= {"steps": config.steps, "guidance": config.guidance, "dtype": config.dtype}
+    figures |= {"device": config.device, "seconds": seconds, "peak_gb": peak}
+    print(json.dumps(figures | {"files": [str(path) for path in paths]}))
+
+
+if __name__ == "__main__":
+    weights.run(main)

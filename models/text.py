@@ -3,8 +3,8 @@
 A text encoder turns prompts into `cond`, the tuple that its transformer takes after the timestep:
     toy, FLUX   text (B, L, D), pooled_text (B, D')
     SANA        text (B, L, D), text_mask (B, L), True where a token is real
-The encoders are larger than what a GPU has left beside the transformer (T5-XXL: 4.8 B parameters), and
-prompts are few: `encode` loads them, uses them and frees them, and can keep the results in a file.
+The encoders are larger than what a GPU has left beside the transformer (T5-XXL: 4.8 B parameters),
+and prompts are few: `encode` loads them, uses them, frees them, and can keep the results in a file.
 """
 
 import gc
@@ -24,7 +24,7 @@ Cond = tuple[Tensor, ...]
 
 PRESETS = {"toy": dict(path="models/toy/text.safetensors")}
 
-# SANA puts this before a prompt, and shows its transformer only what Gemma made of the prompt itself.
+# SANA puts this before a prompt, and shows its transformer what Gemma made of the prompt alone.
 # The wording is part of the trained model (NVlabs/Sana, Apache 2.0; quotes as diffusers has them).
 INSTRUCTION = """\
 Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions \
@@ -129,7 +129,7 @@ class ToyText(nn.Module):
 def load_encoder(
     name: str, source: str, parts: tuple[str, str], device: torch.device, dtype: torch.dtype
 ) -> tuple:
-    """(tokenizer, model) from two sub-folders of a diffusers pipeline, a local folder or a hub id."""
+    """(tokenizer, model) from two sub-folders of a diffusers pipeline, local or on the hub."""
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -102,7 +102,8 @@ def tiny_flux_text() -> dict:
     torch.manual_seed(1)
     clip = CLIPTextConfig(
         vocab_size=30, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=77, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        num_attention_heads=2, max_position_embeddings=77,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     t5 = T5Config(
         vocab_size=30, d_model=40, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
@@ -122,7 +123,8 @@ def tiny_sana_text() -> dict:
     torch.manual_seed(2)
     gemma = Gemma2Config(
         vocab_size=30, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=24, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=24,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     tokenizer = tiny_tokenizer("<bos>", 8192)
     tokenizer.padding_side = "left"  # as Gemma's own is: SANA pads on the right
