@@ -44,7 +44,7 @@ def sinusoid(value: Tensor) -> Tensor:
 def rope_table(
     text_length: int, grid: tuple[int, int], axes: list[int], stride: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (L + N, 1, hd / 2), of the angles id * theta^(-2j / axis).
+    """(L + N, 1, hd) each: cos and sin of the angles id * theta^(-2j / axis), as `rotate` wants them.
 
     A token has three ids: (0, row, col) for the image, (0, 0, 0) for text. A token that covers
     `stride` x `stride` tokens of the base sits at their centre.
@@ -59,15 +59,16 @@ def rope_table(
         position[:, None] * ROPE_THETA ** -(torch.arange(0, axis, 2, **exact) / axis)
         for position, axis in zip(ids, axes)
     ]
-    angle = torch.cat(angles, dim=-1)[:, None]  # (L + N, 1, hd / 2)
-    return angle.cos().float(), angle.sin().float()
+    angle = torch.cat(angles, dim=-1)[:, None, :, None]  # (L + N, 1, hd / 2, 1)
+    cos, sin = angle.cos().float(), angle.sin().float()
+    return torch.cat((cos, cos), dim=-1).flatten(2), torch.cat((-sin, sin), dim=-1).flatten(2)
 
 
 def rotate(heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair of neighbouring channels (2j, 2j + 1) by its token's angle: (B, N, nh, hd)."""
-    cos, sin = rope
-    even, odd = heads.unflatten(-1, (-1, 2)).unbind(-1)  # (B, N, nh, hd / 2) each
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    """(B, N, nh, hd): neighbouring channels (a, b) to (a cos - b sin, b cos + a sin)."""
+    cos, sin = rope  # sin is (-sin, sin) on each pair
+    swapped = heads.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (b, a)
+    return heads * cos + swapped * sin
 
 
 class MLPEmbedder(nn.Module):
