@@ -19,13 +19,13 @@ from models.weights import UserError
 
 GOLDEN = ROOT / "tests" / "golden"
 REFERENCE = ROOT.parent / "shared" / "reference"
-CASES = {
-    "flux_tiny_bfl": {},
-    "flux_tiny_diffusers": {},
-    "flux_tiny_dcgen_c32_bfl": {},
-    "flux_tiny_dcgen_c32_diffusers": {},
-    "flux_tiny_dcgen_c128_diffusers": {},
-}
+CASES = [
+    "flux_tiny_bfl",
+    "flux_tiny_diffusers",
+    "flux_tiny_dcgen_c32_bfl",
+    "flux_tiny_dcgen_c32_diffusers",
+    "flux_tiny_dcgen_c128_diffusers",
+]
 TINY = {
     "in_channels": 64,
     "num_layers": 2,
