@@ -17,8 +17,7 @@ Source  FLUX.1 (mu of the token count), DC-Gen arXiv 2509.25180, SANA arXiv 2410
 Differs Sizes that the latent grid cannot hold are padded and cropped back, where diffusers rounds.
         Noise is drawn on the CPU, one generator a picture: a seed here is another seed there.
 
---model is a name in MODELS below, a diffusers pipeline folder, the weights of a transformer, or a
-run of ours.
+--model is a name, a diffusers pipeline folder, the weights of a transformer, or a run of ours.
 """
 
 import json
@@ -59,6 +58,9 @@ class Config:
     from_: str = ""  # a PNG to repeat, or the .latents.safetensors of a decode that failed
     device: str = ""  # "": cuda, then mps, then cpu
     dtype: str = ""  # of the weights: float32 on the CPU and for toys, else bfloat16
+
+
+HERE = ("out", "weights", "text_cache", "from_")  # belong to a machine, not to a recipe
 
 
 # ---- schedule
@@ -532,8 +534,8 @@ def read_recipe(config: Config) -> tuple[Config, Tensor | None]:
         told = Config(**json.loads(recipe))
     except (TypeError, ValueError):
         raise UserError(f"--from {path} carries no recipe of this program") from None
-    here = {k: getattr(config, k) or getattr(told, k) for k in ("device", "weights", "text_cache")}
-    return replace(told, out=config.out, from_="", **here), latents
+    here = {name: getattr(config, name) for name in HERE}
+    return replace(told, **here | {"device": config.device or told.device, "from_": ""}), latents
 
 
 def complete(config: Config, spec: dict, device: torch.device) -> Config:
@@ -557,7 +559,8 @@ def complete(config: Config, spec: dict, device: torch.device) -> Config:
 
 
 def recipe(config: Config, prompt: str, seed: int) -> str:
-    return json.dumps(asdict(replace(config, prompt=prompt, prompts="", seed=seed, n=1)))
+    told = asdict(replace(config, prompt=prompt, seed=seed, n=1, prompts=""))
+    return json.dumps({name: value for name, value in told.items() if name not in HERE})
 
 
 def save_pictures(
@@ -577,6 +580,7 @@ def save_pictures(
             ) from error
         chunk = PngImagePlugin.PngInfo()
         chunk.add_text("recipe", note)
+        chunk.add_text("Software", f"torch {torch.__version__}")
         to_pil(crop(image, size)).save(path, pnginfo=chunk)
 
 
@@ -597,7 +601,7 @@ def decode_kept(config: Config, latents: Tensor) -> None:
 
 
 def main() -> None:
-    config = weights.parse_config(Config, __doc__)
+    config = weights.parse_config(Config, f"{__doc__}\nnames: {', '.join(MODELS)}")
     if config.from_:
         config, kept_latents = read_recipe(config)
         if kept_latents is not None:
