@@ -192,70 +192,55 @@ def predict(
 
 # ---- model
 
-TOY = dict(
-    text="toy", repo="toy", schedule="flux", solver="euler", steps=16, guidance=3.0, size=128
-)
+TOY = dict(repo="text-toy", text="toy", schedule="flux", solver="euler", steps=16, guidance=3.0)
 FLUX = dict(text="flux", schedule="flux", solver="euler", steps=28, guidance=3.5, size=1024)
+SCHNELL = dict(FLUX, text="schnell", schedule="schnell", steps=4)
 DC_GEN = dict(FLUX, steps=20)
-SANA = dict(
-    text="sana", schedule="sana-dpm", shift=3.0, solver="dpm", steps=20, guidance=4.5, size=1024
-)  # fmt: skip
-# `repo` has the text encoders; `autoencoder` is read from it too where it is the only right one.
-BFL, SANA_HUB = (
-    "black-forest-labs/FLUX.1-",
-    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
-)
+SANA = dict(text="sana", schedule="sana-dpm", shift=3.0, solver="dpm", steps=20, guidance=4.5)
+BFL = "black-forest-labs/FLUX.1-"
+SANA_1K = "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
+# `repo` has the text encoders and, unless `autoencoder` names another, the autoencoder: by default
+# it is the transformer's own, a diffusers pipeline.
 MODELS = {
-    "flux-toy": dict(TOY, autoencoder="flux-vae-toy"),
-    "dc-gen-toy": dict(TOY, autoencoder="dc-ae-f32c32-toy"),
-    "dc-gen-toy-f64": dict(TOY, autoencoder="dc-ae-f64c128-toy"),
+    "flux-toy": dict(TOY, size=128, autoencoder="flux-vae-toy"),
+    "dc-gen-toy": dict(TOY, size=128, autoencoder="dc-ae-f32c32-toy"),
+    "dc-gen-toy-f64": dict(TOY, size=128, autoencoder="dc-ae-f64c128-toy"),
     "flux-dev": dict(FLUX, repo=BFL + "dev", autoencoder="flux-vae"),
     "flux-krea": dict(FLUX, repo=BFL + "Krea-dev", autoencoder="flux-vae", guidance=4.5),
-    "flux-schnell": dict(
-        FLUX,
-        repo=BFL + "schnell",
-        autoencoder="flux-vae",
-        text="schnell",
-        schedule="schnell",
-        steps=4,
-    ),
+    "flux-schnell": dict(SCHNELL, repo=BFL + "schnell", autoencoder="flux-vae"),
     "dc-gen-flux-1k": dict(DC_GEN, schedule="dc-gen-1k"),
     "dc-gen-flux-4k": dict(DC_GEN, size=4096),
     "sana-0.6b-512": dict(SANA, size=512),
-    "sana-0.6b": dict(SANA),
+    "sana-0.6b": dict(SANA, size=1024),
     "sana-1.6b-512": dict(SANA, size=512),
-    "sana-1.6b": dict(SANA),
+    "sana-1.6b": dict(SANA, size=1024),
     "sana-1.6b-2k": dict(SANA, size=2048),
     "sana-1.6b-4k": dict(SANA, size=4096, shift=6.0),
-    "sana-1.5-1.6b": dict(SANA),
-    "dc-gen-sana-f64c128": dict(SANA, repo=SANA_HUB, autoencoder="dc-ae-f64c128-1.5"),
+    "sana-1.5-1.6b": dict(SANA, size=1024),
+    "dc-gen-sana-f64c128": dict(SANA, size=1024, repo=SANA_1K, autoencoder="dc-ae-f64c128-1.5"),
 }
 
 
 def describe(model: str, autoencoder: str = "") -> dict:
     """All that is to know of a model but its weights: a row of MODELS plus where the parts are."""
     path = Path(model)
-    if not path.exists():
-        if model not in MODELS:
-            names = ", ".join(MODELS)
-            raise UserError(
-                f"--model {model!r} is no file, no folder and no model; models: {names}"
-            )
+    if (path / "model_index.json").exists():
+        spec = describe_pipeline(path)
+    elif path.exists():
+        spec = describe_weights(path)
+    elif model in MODELS:
         repo = (flux.PRESETS | sana.PRESETS)[model].get("hub", "")
         spec = {"transformer": model, "repo": repo, "autoencoder": repo} | MODELS[model]
-    elif (path / "model_index.json").exists():
-        spec = describe_pipeline(path)
     else:
-        spec = describe_weights(path)
+        names = ", ".join(MODELS)
+        raise UserError(f"--model {model!r} is no file, no folder and no name; names: {names}")
     return spec | ({"autoencoder": autoencoder} if autoencoder else {})
 
 
 def describe_pipeline(folder: Path) -> dict:
-    """A diffusers pipeline: its scheduler's settings are the model's, and no default is assumed."""
+    """A diffusers pipeline; its scheduler must be one of ours: another makes other pictures."""
     network = weights.read_json(folder / "transformer" / "config.json")
     scheduler = weights.read_json(folder / "scheduler" / "scheduler_config.json")
-    parts = dict.fromkeys(("transformer", "repo", "autoencoder"), str(folder))
-    dynamic, kind = scheduler.get("use_dynamic_shifting"), scheduler["_class_name"]
     standard = dict(
         algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", thresholding=False,
         prediction_type="flow_prediction", final_sigmas_type="zero", euler_at_final=False,
@@ -264,20 +249,24 @@ def describe_pipeline(folder: Path) -> dict:
         shift_terminal=None, num_train_timesteps=1000, time_shift_type="exponential",
         base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
     )  # fmt: skip
-    odd = {k: v for k, v in scheduler.items() if k in standard and v != standard[k]}
-    if odd or kind not in ("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"):
-        raise UserError(f"{folder}/scheduler: {kind} with {odd} is not a schedule we know")
-    if network["_class_name"] == "SanaTransformer2DModel":
+    odd = [f"{k}={v}" for k, v in scheduler.items() if k in standard and v != standard[k]]
+    kinds = (network.get("_class_name"), scheduler.get("_class_name"))
+    dynamic = scheduler.get("use_dynamic_shifting")
+    parts = dict.fromkeys(("transformer", "repo", "autoencoder"), str(folder))
+    if kinds[0] == "SanaTransformer2DModel" and not odd and not dynamic:
         stride = 64 if network["in_channels"] == 128 else 32
         spec = dict(SANA, **parts, size=stride * network["sample_size"])
-        if kind == "DPMSolverMultistepScheduler":
+        if kinds[1] == "DPMSolverMultistepScheduler":
             return dict(spec, shift=scheduler["flow_shift"])
-        return dict(spec, schedule="sana-euler", solver="euler", shift=scheduler["shift"])
-    spec = describe_flux(network["in_channels"], network["guidance_embeds"]) | parts
-    spec |= {"text": "flux"}  # 512 tokens, as the pipeline has it for schnell too
-    if spec["schedule"] == "dc-gen-1k":  # whatever its scheduler says
-        return spec
-    return dict(spec, schedule="flux", shift=None if dynamic else scheduler["shift"])
+        if kinds[1] == "FlowMatchEulerDiscreteScheduler":
+            return dict(spec, schedule="sana-euler", solver="euler", shift=scheduler["shift"])
+    if kinds == ("FluxTransformer2DModel", "FlowMatchEulerDiscreteScheduler") and not odd:
+        spec = describe_flux(network["in_channels"], network["guidance_embeds"]) | parts
+        spec["text"] = "flux"  # 512 tokens, as the pipeline has it for schnell too
+        if spec["schedule"] == "dc-gen-1k":  # whatever its scheduler says
+            return spec
+        return dict(spec, schedule="flux", shift=None if dynamic else scheduler["shift"])
+    raise UserError(f"{folder}: {kinds[0]} with {kinds[1]} ({', '.join(odd)}) is not known here")
 
 
 def describe_flux(in_channels: int, guidance: bool) -> dict:
@@ -295,14 +284,10 @@ def describe_weights(path: Path) -> dict:
         if spec["text"] == "flux" and (checkpoint.config or {}).get("in_channels") == 32:
             spec["schedule"] = "dc-gen-1k"
         return spec
-    embedder = [
-        s
-        for n, s in checkpoint.shapes.items()
-        if n.endswith(("img_in.weight", "x_embedder.weight"))
-    ]
-    if embedder:
-        guidance = any("guidance" in name for name in checkpoint.shapes)
-        return describe_flux(embedder[0][1], guidance) | {"transformer": str(path)}
+    guidance = any("guidance" in name for name in checkpoint.shapes)
+    for name, shape in checkpoint.shapes.items():
+        if name.endswith(("img_in.weight", "x_embedder.weight")):  # FLUX: BFL's name, diffusers'
+            return describe_flux(shape[1], guidance) | {"transformer": str(path)}
     return describe("sana-1.6b") | {"transformer": str(path)}
 
 
@@ -453,7 +438,7 @@ def contact_sheet(columns: dict[str, Tensor], rows: list[str]) -> Image.Image:
 
 def read_jobs(config: Config) -> list[tuple[str, int]]:
     """(prompt, seed) of every picture."""
-    rows = [{"prompt": config.prompt}]
+    rows = [(config.prompt, config.seed)]
     if config.prompts:
         path = Path(config.prompts)
         if path.suffix not in (".txt", ".jsonl") or not path.is_file():
@@ -462,23 +447,21 @@ def read_jobs(config: Config) -> list[tuple[str, int]]:
         lines = [line for line in lines if line.strip()]
         try:
             rows = [json.loads(r) if path.suffix == ".jsonl" else {"prompt": r} for r in lines]
-            rows = [
-                {"prompt": str(r["prompt"]), "seed": int(r.get("seed", config.seed))} for r in rows
-            ]
+            rows = [(str(r["prompt"]), int(r.get("seed", config.seed))) for r in rows]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
                 f'{path}: every line is an object like {{"prompt": "a fox", "seed": 0}} ({error!r})'
             ) from None
     if not rows or config.n < 1 or config.batch_size < 1:
         raise UserError(f"--prompts has {len(rows)} prompts; they, --n and --batch-size start at 1")
-    jobs = [(r["prompt"], r.get("seed", config.seed) + i) for r in rows for i in range(config.n)]
+    jobs = [(prompt, seed + i) for prompt, seed in rows for i in range(config.n)]
     if any(not 0 <= seed < 2**63 for _, seed in jobs):
         raise UserError(f"--seed {config.seed}: wanted 0 .. 2^63 - 1")
     return jobs
 
 
 def parse_size(size: str) -> tuple[int, int]:
-    """ "WxH" -> (height, width)."""
+    """WxH -> (height, width)."""
     match = re.fullmatch(r"(\d+)x(\d+)", size)
     if not match:
         raise UserError(f"--size {size!r}: wanted WxH in pixels, for instance 1024x768")
@@ -558,30 +541,37 @@ def complete(config: Config, spec: dict, device: torch.device) -> Config:
     )
 
 
-def recipe(config: Config, prompt: str, seed: int) -> str:
+def write_recipe(config: Config, prompt: str, seed: int) -> str:
     told = asdict(replace(config, prompt=prompt, seed=seed, n=1, prompts=""))
     return json.dumps({name: value for name, value in told.items() if name not in HERE})
 
 
 def save_pictures(
-    autoencoder: nn.Module, latents: Tensor, paths: list[Path], recipes: list[str]
+    autoencoder: nn.Module,
+    latents: Tensor,
+    config: Config,
+    jobs: list[tuple[str, int]],
+    paths: list[Path],
 ) -> None:
     """Decode, crop, write. Latents took minutes to make: they are kept if the decoder fails."""
-    size = parse_size(json.loads(recipes[0])["size"])
-    for single, path, note in zip(latents.split(1), paths, recipes):
+    if not torch.isfinite(latents).all():
+        raise UserError("the latents hold NaN or Inf: this model needs --dtype bfloat16 or float32")
+    for single, (prompt, seed), path in zip(latents.split(1), jobs, paths):
+        recipe = write_recipe(config, prompt, seed)
         try:
             (image,) = decode(autoencoder, single)
         except RuntimeError as error:  # out of memory, on any device
             kept = path.with_suffix(".latents.safetensors")
-            weights.save(kept, {"latents": single}, {"recipe": note})
+            weights.save(kept, {"latents": single}, {"recipe": recipe})
+            reason = str(error).split("\n")[0]
             raise UserError(
-                f"decoding failed ({str(error).splitlines()[0]}); the latents are in {kept}: "
+                f"decoding failed ({reason}); the latents are in {kept}: "
                 f"python sample.py --from {kept} decodes them, with --device cpu if need be"
             ) from error
-        chunk = PngImagePlugin.PngInfo()
-        chunk.add_text("recipe", note)
-        chunk.add_text("Software", f"torch {torch.__version__}")
-        to_pil(crop(image, size)).save(path, pnginfo=chunk)
+        notes = PngImagePlugin.PngInfo()
+        notes.add_text("recipe", recipe)
+        notes.add_text("Software", f"torch {torch.__version__}")
+        to_pil(crop(image, parse_size(config.size))).save(path, pnginfo=notes)
 
 
 def clock(device: torch.device) -> float:
@@ -595,8 +585,9 @@ def decode_kept(config: Config, latents: Tensor) -> None:
     device = weights.pick_device(config.device)
     source = describe(config.model, config.autoencoder)["autoencoder"]
     autoencoder = load_autoencoder(source, config.weights, device, getattr(torch, config.dtype))
-    paths = output_paths(config.out, [(config.prompt, config.seed)])
-    save_pictures(autoencoder, latents, paths, [recipe(config, config.prompt, config.seed)])
+    jobs = [(config.prompt, config.seed)]
+    paths = output_paths(config.out, jobs)
+    save_pictures(autoencoder, latents, config, jobs, paths)
     print(json.dumps({"stage": "decode", "files": [str(paths[0])]}))
 
 
@@ -636,9 +627,7 @@ def main() -> None:
             times = [clock(device)]
             latents = sample(transformer, words, noise, sigmas, guidance, null, spec["solver"], bar)
             times.append(clock(device))
-            save_pictures(
-                autoencoder, latents, paths[rows], [recipe(config, *job) for job in jobs[rows]]
-            )
+            save_pictures(autoencoder, latents, config, jobs[rows], paths[rows])
             seconds["sample"] += times[1] - times[0]
             seconds["decode"] += clock(device) - times[1]
     report(config, paths, tokens, seconds, device)
@@ -662,8 +651,8 @@ def report(
 ) -> None:
     seconds = {name: round(value, 3) for name, value in seconds.items()}
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
-    print("\n   " + "".join(f"{name:>10}" for name in seconds))
-    print("s  " + "".join(f"{value:10.2f}" for value in seconds.values()))
+    print("\n        " + "".join(f"{name:>9}" for name in seconds))
+    print("seconds " + "".join(f"{value:9.2f}" for value in seconds.values()))
     print(f"\nsaved  {paths[0]}" + f"  and {len(paths) - 1} more" * (len(paths) > 1))
     print(f"next   python sample.py --from {paths[0]}   # the same picture again")
     figures = {"stage": "sample", "model": config.model, "size": config.size, "tokens": tokens}

@@ -22,7 +22,7 @@ from models.weights import UserError
 
 Cond = tuple[Tensor, ...]
 
-PRESETS = {"toy": dict(path="models/toy/text.safetensors")}
+PRESETS = {"text-toy": dict(path="models/toy/text.safetensors")}
 
 # SANA puts this before a prompt, and shows its transformer what Gemma made of the prompt alone.
 # The wording is part of the trained model (NVlabs/Sana, Apache 2.0; quotes as diffusers has them).
@@ -112,7 +112,7 @@ class ToyText(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        path_or_preset: str = "toy",
+        path_or_preset: str = "text-toy",
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> "ToyText":
@@ -141,9 +141,8 @@ def load_encoder(
             source, subfolder=parts[1], dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"cannot load {parts[1]} and {parts[0]} from {source!r}: {str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error).split("\n")[0]
+        raise UserError(f"cannot load {' and '.join(parts)} from {source!r}: {reason}") from error
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:5])
         raise UserError(f"{source}/{parts[1]} lacks tensors of {name}: {missing}")

@@ -197,6 +197,21 @@ def test_an_image_depends_on_its_own_seed_only():
     assert torch.equal(pair[1:], single) and not torch.equal(pair[0], pair[1])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("solver, kind", [("euler", "flux"), ("dpm", "sana-dpm")])
+def test_a_gpu_makes_the_latents_of_the_cpu(solver, kind):
+    class Model(torch.nn.Module):
+        def forward(self, noisy_latents, timestep, text):
+            return noisy_latents.sin() + timestep[:, None, None, None] * text[..., None]
+
+    noise, text = sample.draw_noise([0, 1], (3, 4, 5)), torch.randn(2, 3, 4)
+    sigmas = sample.timesteps(6, kind, tokens=1024)
+    cpu = sample.sample(Model(), (text,), noise, sigmas, 2.0, (0 * text,), solver)
+    cond, null = (text.cuda(),), (0 * text.cuda(),)
+    gpu = sample.sample(Model(), cond, noise.cuda(), sigmas.cuda(), 2.0, null, solver)
+    assert_close(gpu.cpu(), cpu, 1e-5)
+
+
 # ---- the whole trip, with tiny random models
 
 
@@ -321,14 +336,14 @@ def test_every_model_names_parts_that_exist():
         spec = sample.describe(name)
         assert spec["transformer"] in flux.PRESETS | sana.PRESETS
         assert spec["autoencoder"] in dcae.PRESETS | vae.PRESETS or "/" in spec["autoencoder"]
-        assert (spec["repo"] == "toy") or "/" in spec["repo"]
+        assert (spec["repo"] == "text-toy") or "/" in spec["repo"]
         sample.timesteps(spec["steps"], spec["schedule"], 1024, 32, spec.get("shift"))
 
 
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--model", "flux-toys"], "is no file, no folder and no model; models: flux-toy, dc-gen"),
+        (["--model", "flux-toys"], "is no file, no folder and no name; names: flux-toy, dc-gen"),
         (["--prompt", "a red fox"], "no word 'fox'"),
         (["--size", "12x99"], "below this model's minimum of 16x16"),
         (["--size", "big"], "wanted WxH in pixels"),
@@ -483,5 +498,5 @@ def test_an_unknown_scheduler_is_refused(tmp_path):
     diffusers = pytest.importorskip("diffusers", reason="the reference is not installed")
     pipeline = sana_pipeline(diffusers, diffusers.DPMSolverMultistepScheduler(solver_order=3))
     pipeline.save_pretrained(tmp_path)
-    with pytest.raises(weights.UserError, match="'solver_order': 3.* is not a schedule we know"):
+    with pytest.raises(weights.UserError, match="solver_order=3.* is not known here"):
         sample.describe(str(tmp_path))
