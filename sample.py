@@ -495,7 +495,6 @@ def output_paths(out: str, jobs: list[tuple[str, int]]) -> list[Path]:
         raise UserError(f"--out {out} is a file: name a folder, or a .png")
     names = [f"{i:04d}_seed{seed}.png" for i, (_, seed) in enumerate(jobs)]
     paths = [folder] if folder.suffix == ".png" else [folder / name for name in names]
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
     return paths
 
 
@@ -556,6 +555,7 @@ def save_pictures(
     """Decode, crop, write. Latents took minutes to make: they are kept if the decoder fails."""
     if not torch.isfinite(latents).all():
         raise UserError("the latents hold NaN or Inf: this model needs --dtype bfloat16 or float32")
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
     for single, (prompt, seed), path in zip(latents.split(1), jobs, paths):
         recipe = write_recipe(config, prompt, seed)
         try:

@@ -142,7 +142,10 @@ def load_encoder(
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).split("\n")[0]
-        raise UserError(f"cannot load {' and '.join(parts)} from {source!r}: {reason}") from error
+        raise UserError(
+            f"cannot load {' and '.join(parts)} from {source!r} ({reason}): fetch that pipeline "
+            f"and pass its folder, or with --weights the folder it is in"
+        ) from error
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:5])
         raise UserError(f"{source}/{parts[1]} lacks tensors of {name}: {missing}")
