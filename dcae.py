@@ -516,27 +516,25 @@ def in_tiles(
 ) -> Tensor:
     """Map overlapping tiles and blend them; a latent is `cell` wide before and `new_cell` after."""
     rows, cols = whole.shape[-2] // cell, whole.shape[-1] // cell
-    total = weight = 0
+    if max(rows, cols) <= tile:
+        return function(whole)
+    total = weight = None
     for top in tile_starts(rows, tile, stride):
         for left in tile_starts(cols, tile, stride):
-            there = whole[..., top * cell :, left * cell :][..., : tile * cell, : tile * cell]
-            piece = function(there)
+            piece = whole[..., top * cell : (top + tile) * cell, left * cell : (left + tile) * cell]
+            piece = function(piece)
             height, width = piece.shape[-2:]
-            if isinstance(total, int):
-                total = piece.new_zeros(*piece.shape[:2], rows * new_cell, cols * new_cell)
-                weight = torch.zeros_like(total[:1, :1])
-            # A tile counts by the distance to its nearest edge, where it has seen least around it:
-            # over an overlap of two tiles this is the linear cross-fade.
+            if total is None:  # fp32: what is summed here is divided again below
+                shape = (*piece.shape[:2], rows * new_cell, cols * new_cell)
+                total, weight = piece.new_zeros(2, *shape, dtype=torch.float32)
+            # A tile counts by the distance to its nearest edge, where it knows least around it:
+            # over the overlap of two tiles that is a linear cross-fade.
             y, x = (torch.arange(1, n + 1, device=piece.device) for n in (height, width))
             ramp = torch.minimum(y, y.flip(0))[:, None] * torch.minimum(x, x.flip(0))  # (h, w)
-            area = (
-                ...,
-                slice(top * new_cell, top * new_cell + height),
-                slice(left * new_cell, left * new_cell + width),
-            )
-            total[area] += piece * ramp
-            weight[area] += ramp
-    return total / weight
+            y, x = top * new_cell, left * new_cell
+            total[..., y : y + height, x : x + width] += piece * ramp
+            weight[..., y : y + height, x : x + width] += ramp
+    return (total / weight).to(whole.dtype)
 
 
 def tiled_encode(
@@ -564,7 +562,8 @@ def psnr(image: Tensor, other: Tensor) -> float:
 
 def ssim(image: Tensor, other: Tensor) -> float:
     """Structural similarity (Wang et al. 2004): Gaussian 11 x 11 windows, sigma 1.5."""
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # 2 is the range of [-1, 1]
+    image, other = (image + 1) / 2, (other + 1) / 2  # defined on [0, 1], not free of offsets
+    c1, c2 = 0.01**2, 0.03**2
     window = torch.exp(-(torch.arange(-5.0, 6.0) ** 2) / (2 * 1.5**2))
     window = (window / window.sum()).to(image)
 

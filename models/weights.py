@@ -15,6 +15,7 @@ Runs    What our stages save holds the trained tensors only; its header says whi
 
 import argparse
 import json
+import math
 import os
 import pickle
 import re
@@ -141,7 +142,7 @@ def in_folder(folder: Path, preset: dict) -> Path:
     for place in places:
         if place.exists():
             return place
-    wanted = " or ".join(str(place) for place in places)
+    wanted = " or ".join(dict.fromkeys(str(place.relative_to(folder)) for place in places))
     raise UserError(f"--weights {folder} has no {wanted}: fetch {preset['hub']} and put it there")
 
 
@@ -412,36 +413,32 @@ def check(
     trained: dict[str, tuple],
 ) -> None:
     """Compare names and shapes before a byte is read; complain once, five of a kind."""
+    assert rows.keys() <= wanted.keys(), f"rows for no tensor: {rows.keys() - wanted.keys()}"
     is_dropped = dropped.search if isinstance(dropped, re.Pattern) else set(dropped).__contains__
-    needed = {name: rows[name][0] if name in rows else (name,) for name in wanted}
     used = {part for official, _ in rows.values() for part in official}
+    unexpected = [n for n in checkpoint.shapes if n not in used and not is_dropped(n)]
     missing, mismatched = [], []
     for name, shape in wanted.items():
-        if name in trained:
-            found = trained[name]
-        elif name not in rows or any(part not in checkpoint.shapes for part in needed[name]):
-            missing += [part for part in needed[name] if part not in checkpoint.shapes] or [name]
+        official, join = rows.get(name, ((name,), None))
+        absent = [part for part in official if part not in checkpoint.shapes]
+        if name not in trained and absent:
+            missing += absent
             continue
-        else:
-            found = joined_shape(rows[name], checkpoint)
+        found = trained[name] if name in trained else joined_shape(official, join, checkpoint)
         if found != shape:
             mismatched.append(f"{name} is {found}, the model has {shape}")
-    unexpected = [n for n in checkpoint.shapes if n not in used and not is_dropped(n)]
-    for name in trained:
-        stem, _, kind = name.rpartition(".")
-        pair = {f"{stem}.lora_A", f"{stem}.lora_B"}
-        if kind in ("lora_A", "lora_B"):
-            if f"{stem}.weight" not in wanted or not pair <= trained.keys():
-                unexpected.append(name)
-        elif name not in wanted:
+    for name in trained.keys() - wanted.keys():
+        stem, half = name[:-7], name[-7:]  # the rest of a run is <linear>.lora_A and .lora_B
+        down, up = trained.get(f"{stem}.lora_A"), trained.get(f"{stem}.lora_B")
+        shape = wanted.get(f"{stem}.weight")
+        if half not in (".lora_A", ".lora_B") or not (down and up and shape):
             unexpected.append(name)
+        elif down[0] != up[1] or (up[0], down[1]) != (shape[0], math.prod(shape[1:])):
+            mismatched.append(f"{name} is {trained[name]}, for a weight of {shape}")
+    kinds = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
     complaints = [
         f"{len(names)} {kind} ({'; '.join(names[:5])}{'; ...' if len(names) > 5 else ''})"
-        for kind, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", mismatched),
-        )
+        for kind, names in kinds.items()
         if names
     ]
     if complaints:
@@ -451,8 +448,7 @@ def check(
         )
 
 
-def joined_shape(row: tuple, checkpoint: Checkpoint) -> tuple | str:
-    official, join = row
+def joined_shape(official: tuple, join: Callable | None, checkpoint: Checkpoint) -> tuple | str:
     shapes = [checkpoint.shapes[part] for part in official]
     if join is None:
         return shapes[0]

@@ -1,0 +1,453 @@
+"""Why believe dcae.py: the reference's numbers and names, and what must hold by construction."""
+
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import dcae
+from dcae import DCAE, PRESETS, name_rows, pad_to_multiple, psnr, ssim, tiled_decode, tiled_encode
+from models.data import open_image
+from models.weights import Checkpoint, UserError, build, check, run, save
+
+GOLDEN = ROOT / "tests" / "golden"
+REFERENCE = ROOT.parent / "shared" / "reference"
+CASES = [
+    f"dcae_tiny_{s}_{f}" for s in ("sana", "v15", "mix", "lite") for f in ("dcai", "diffusers")
+]
+PARAMETERS = {  # of the official checkpoints, BatchNorm statistics included
+    "f32c32-in-1.0": 323369275,
+    "f32c32-mix-1.0": 323369275,
+    "f32c32-sana-1.0": 312250275,
+    "f32c32-sana-1.1": 312250275,
+    "lite-f32c32-sana-1.1": 421181228,
+    "f64c128-in-1.0": 676908955,
+    "f64c128-mix-1.0": 676908955,
+    "f128c512-in-1.0": 1120695067,
+    "f128c512-mix-1.0": 1120695067,
+    "f32c128-1.5": 523609740,
+    "f64c128-1.5": 714741644,
+}
+TINY = {  # f8: every kind of stage, two heads, both norms
+    "latent_channels": 16,
+    "encoder_block_types": ["ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock"],
+    "decoder_block_types": ["ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock"],
+    "encoder_block_out_channels": [8, 16, 32, 64],
+    "decoder_block_out_channels": [8, 16, 32, 64],
+    "encoder_layers_per_block": [1, 2, 1, 1],
+    "decoder_layers_per_block": [2, 1, 1, 1],
+    "encoder_qkv_multiscales": [[], [], [5], [3, 5]],
+    "decoder_qkv_multiscales": [[], [], [], [5]],
+    "decoder_norm_types": ["batch_norm", "rms_norm", "batch_norm", "rms_norm"],
+    "decoder_act_fns": ["relu", "silu", "silu", "silu"],
+    "scaling_factor": 0.5,
+}
+
+
+def golden(name: str) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a reference case and its config in diffusers' words."""
+    for folder in (GOLDEN, REFERENCE / "golden"):
+        path = folder / f"{name}.safetensors"
+        if path.exists():
+            with safe_open(path, "pt") as file:
+                config = json.loads(file.metadata()["config"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if "dotlist" in config:
+                config = golden(name.replace("_dcai", "_diffusers"))[1]
+            return tensors, config
+    pytest.skip(f"{name} is neither in tests/golden nor in {REFERENCE / 'golden'}")
+
+
+def weights_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix("weight/"): v for k, v in tensors.items() if k.startswith("weight/")}
+
+
+def load(tensors: dict[str, Tensor], config: dict, folder: Path) -> DCAE:
+    save_file(tensors, folder / "model.safetensors")
+    return DCAE.from_pretrained(folder / "model.safetensors", config=config)
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape, f"{ours.shape} is not {theirs.shape}"
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@torch.no_grad()
+def golden_errors(model: DCAE, tensors: dict[str, Tensor]) -> dict[str, float]:
+    scale, image = model.scaling_factor, tensors["in/image"]
+    results = {
+        "out/latent": lambda: model.encode(image) / scale,
+        "out/decoded": lambda: model.decode(tensors["out/latent"] * scale),
+        "out/decoded_from_z": lambda: model.decode(tensors["in/z"] * scale),
+        "out/latent_c16": lambda: model.encode(image, channels=16) / scale,
+        "out/decoded_c16": lambda: model.decode(tensors["out/latent_c16"] * scale),
+    }
+    return {k: error(result(), tensors[k]) for k, result in results.items() if k in tensors}
+
+
+# ---- parity
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_cases_agree_in_the_names_of_dc_ai_and_of_diffusers(name, tmp_path):
+    tensors, config = golden(name)
+    errors = golden_errors(load(weights_of(tensors), config, tmp_path), tensors)
+    print(name, errors)
+    assert max(errors.values()) < 1e-5
+
+
+def test_every_container_gives_the_same_weights(tmp_path):
+    tensors, config = golden("dcae_tiny_v15_dcai")
+    weights = weights_of(tensors)
+    one = load(weights, config, tmp_path).state_dict()
+    torch.save({"state_dict": weights, "epoch": torch.tensor(3)}, tmp_path / "model.pth")
+    for part in ("whole", "pipeline/vae"):
+        folder = tmp_path / part
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderDC"}))
+    save_file(weights, tmp_path / "whole" / "diffusion_pytorch_model.safetensors")
+    index = {"weight_map": {}}
+    for i in range(3):
+        shard = dict(list(weights.items())[i::3])
+        name = f"diffusion_pytorch_model-{i + 1:05}-of-00003.safetensors"
+        save_file(shard, tmp_path / "pipeline" / "vae" / name)
+        index["weight_map"] |= dict.fromkeys(shard, name)
+    index_name = "diffusion_pytorch_model.safetensors.index.json"
+    (tmp_path / "pipeline" / "vae" / index_name).write_text(json.dumps(index))
+    for path, given in (("model.pth", config), ("whole", None), ("pipeline", None)):
+        state = DCAE.from_pretrained(tmp_path / path, config=given).state_dict()
+        assert all(torch.equal(state[k], one[k]) for k in one), path
+
+
+def test_a_dc_ai_folder_names_its_preset_and_nothing_else(tmp_path, monkeypatch):
+    tensors, config = golden("dcae_tiny_v15_dcai")
+    monkeypatch.setitem(PRESETS, "dc-ae-tiny", {"hub": "dc-ai/dc-ae-tiny", "config": config})
+    (tmp_path / "config.json").write_text('{"model_name": "dc-ae-tiny"}')
+    save_file(weights_of(tensors), tmp_path / "model.safetensors")
+    assert DCAE.from_pretrained(tmp_path).config["latent_channels"] == 32
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"downsample_block_type": "Conv", "upsample_block_type": "interpolate"},
+        {"encoder_layers_per_block": [0, 1, 1, 1], "decoder_layers_per_block": [0, 1, 1, 0]},
+        {
+            "encoder_layers_per_block": [0, 1, 1, 1],
+            "decoder_layers_per_block": [0, 2, 1, 1],
+            "downsample_block_type": "conv",
+            "upsample_block_type": "interpolate",
+        },
+        {"encoder_out_shortcut": False, "decoder_in_shortcut": False, "decoder_act_fns": "relu"},
+        {"decoder_norm_types": "batch_norm", "decoder_block_types": "ResBlock"},
+    ],
+)
+def test_a_random_model_saved_by_diffusers_gives_diffusers_images(change, tmp_path):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is the reference here")
+    torch.manual_seed(1)
+    theirs = diffusers.AutoencoderDC(**TINY | change).eval()
+    with torch.no_grad():
+        for name, tensor in theirs.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.copy_(tensor + 0.1 * torch.rand_like(tensor) * (1 + ("norm" in name)))
+    theirs.save_pretrained(tmp_path / "vae", max_shard_size="100KB")
+    ours = DCAE.from_pretrained(tmp_path)
+    for height, width in ((40, 56), (8, 24), (104, 72)):  # latents 5x7, 1x3 (few tokens), 13x9
+        image = torch.rand(2, 3, height, width) * 2 - 1
+        with torch.no_grad():
+            latents = ours.encode(image)
+            assert error(latents, theirs.encode(image).latent * 0.5) < 1e-5
+            assert error(ours.decode(latents), theirs.decode(latents / 0.5).sample) < 1e-5
+
+
+# ---- names
+
+
+@pytest.mark.parametrize("preset", PARAMETERS)
+def test_presets_have_the_official_number_of_parameters(preset):
+    model = build(DCAE, PRESETS[f"dc-ae-{preset}"]["config"], Path(preset))
+    assert sum(tensor.numel() for tensor in model.state_dict().values()) == PARAMETERS[preset]
+
+
+@pytest.mark.parametrize("names", ["dcai", "diffusers"])
+@pytest.mark.parametrize("preset", PARAMETERS)
+def test_full_size_names_and_shapes_map_both_ways(preset, names):
+    path = REFERENCE / "keys" / f"dcae-{preset}-{names}.json"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    shapes = {name: tuple(shape) for name, shape in json.loads(path.read_text()).items()}
+    model = build(DCAE, PRESETS[f"dc-ae-{preset}"]["config"], path)
+    checkpoint = Checkpoint(path, None, {}, shapes, {})
+    rows = name_rows(model, checkpoint)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check(model, wanted, rows, checkpoint, (), {})  # raises when a name is left over on either side
+    used = [name for official, _ in rows.values() for name in official]
+    assert sorted(used) == sorted(shapes)
+
+
+def test_presets_are_the_official_configs():
+    path = REFERENCE / "configs.json"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    for key, entry in json.loads(path.read_text())["dcae"].items():
+        if key == "source" or "diffusers_config" not in entry:
+            continue
+        ours = build(DCAE, PRESETS[f"dc-ae-{key}"]["config"], path)
+        official = build(DCAE, drop_note(entry["diffusers_config"]), path)
+        assert ours.scaling_factor == official.scaling_factor
+        assert str(ours) == str(official), key  # the printed tree of modules
+
+
+def drop_note(config: dict) -> dict:
+    return {key: value for key, value in config.items() if not key.endswith("_note")}
+
+
+# ---- mutations: a wrong model must not pass for the right one
+
+
+def swap(weights: dict[str, Tensor], one: str, other: str) -> dict[str, Tensor]:
+    mirror = {k: k.replace(one, other) for k in weights if one in k}
+    mirror |= {k: k.replace(other, one) for k in weights if other in k}
+    return {mirror.get(k, k): v for k, v in weights.items()}
+
+
+def test_two_swapped_blocks_are_seen(tmp_path):
+    tensors, config = golden("dcae_tiny_v15_dcai")
+    swapped = swap(
+        weights_of(tensors), "encoder.stages.5.op_list.0.", "encoder.stages.6.op_list.0."
+    )
+    assert max(golden_errors(load(swapped, config, tmp_path), tensors).values()) > 1e-3
+
+
+def test_a_wrong_norm_eps_is_seen(tmp_path):
+    tensors, config = golden("dcae_tiny_v15_dcai")
+    model = load(weights_of(tensors), config, tmp_path)
+    for module in model.modules():
+        if isinstance(module, dcae.RMSNorm):
+            module.eps = 1e-6
+    assert max(golden_errors(model, tensors).values()) > 1e-4
+
+
+def test_thirds_of_qkv_taken_for_q_k_and_v_are_seen(tmp_path):
+    tensors, config = golden("dcae_tiny_sana_dcai")
+    weights = weights_of(tensors)
+    name = "encoder.stages.5.op_list.0.context_module.main.qkv.conv.weight"
+    thirds = weights[name].unflatten(0, (3, -1, 32)).transpose(0, 1).flatten(0, 2)
+    errors = golden_errors(load(weights | {name: thirds.contiguous()}, config, tmp_path), tensors)
+    assert errors["out/latent"] > 1e-3
+
+
+# ---- identities
+
+
+def test_shortcuts_alone_carry_the_image_down_and_up_again():
+    """Zero convolutions: averaging away nothing, the space-to-channel path is lossless."""
+    down, up = dcae.Downsample(3, 12, "pixel_unshuffle"), dcae.Upsample(12, 3, "pixel_shuffle")
+    for layer in (down, up):
+        torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
+    image = torch.rand(2, 3, 6, 10)
+    assert torch.equal(up(down(image)), image)
+
+
+def test_linear_attention_is_the_quadratic_sum():
+    query, key, value = torch.rand(3, 2, 4, 8, 21).unbind(0)
+    scores = key.mT @ query  # (B, nh, m, n)
+    expected = value @ (scores / (scores.sum(2, keepdim=True) + 1e-15))
+    assert error(dcae.linear_attention(query, key, value), expected) < 1e-6
+    assert dcae.linear_attention(query * 0, key, value).abs().max() == 0  # 0 / 0 is 0
+
+
+def test_an_empty_stage_still_changes_the_grid():
+    model = DCAE(**TINY | {"encoder_layers_per_block": [0, 0, 1, 1]})
+    assert model.encode(torch.rand(1, 3, 16, 24)).shape == (1, 16, 2, 3)
+
+
+def test_first_channels_are_for_the_1_5_family_only(tmp_path):
+    tensors, config = golden("dcae_tiny_v15_dcai")
+    model = load(weights_of(tensors), config, tmp_path)
+    latents = model.encode(tensors["in/image"])
+    muted = torch.cat([latents[:, :8], torch.zeros_like(latents[:, 8:])], 1)
+    assert torch.equal(model.decode(latents[:, :8]), model.decode(muted))
+    with pytest.raises(AssertionError, match="latents of 8 channels, this decoder takes 16"):
+        DCAE(**TINY).decode(torch.rand(1, 8, 2, 2))
+    with pytest.raises(AssertionError, match="image of 20x16: both sides must be multiples of 8"):
+        DCAE(**TINY).encode(torch.rand(1, 3, 16, 20))
+
+
+def test_it_trains_under_autocast_and_keeps_its_config():
+    model = DCAE(**TINY)
+    image = torch.rand(2, 3, 16, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = (model(image).float() - image).square().mean()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    again = DCAE(**json.loads(json.dumps(model.config)))
+    assert again.state_dict().keys() == model.state_dict().keys()
+
+
+# ---- tiles
+
+
+def test_tiles_cross_fade_and_leave_no_seam():
+    torch.manual_seed(0)
+    depths, widths = [0, 1, 0, 0], [16] * 4
+    model = DCAE(
+        latent_channels=8,
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        encoder_layers_per_block=depths,
+        decoder_layers_per_block=depths,
+        scaling_factor=0.5,
+    ).eval()
+    image = torch.rand(1, 3, 21 * 8, 25 * 8) * 2 - 1
+    with torch.no_grad():
+        latents = model.encode(image)
+        whole = model.decode(latents)
+        tiles = tiled_decode(model, latents, tile=128, stride=96)
+        halves = torch.cat([model.decode(half) for half in latents.split([12, 13], -1)], -1)
+        encoded = tiled_encode(model, image, tile=128, stride=96)
+        assert torch.equal(tiled_decode(model, latents), whole)  # one tile is no tile
+    seam, hard_seam = (tiles - whole).abs() / whole.std(), (halves - whole).abs() / whole.std()
+    print(f"seam: mean {seam.mean():.3f}, worst {seam.max():.2f}, uncovered {hard_seam.max():.2f}")
+    assert seam.mean() < 0.03 and seam.max() < 0.25 * hard_seam.max()
+    assert seam[..., :32, :32].max() < 1e-5  # in one tile only, far from its edges
+    assert (encoded - latents).abs().mean() < 0.03 * latents.std()
+
+
+def test_tile_starts_cover_everything_at_most_a_stride_apart():
+    for length in range(1, 60):
+        starts = dcae.tile_starts(length, tile=16, stride=14)
+        assert starts[0] == 0 and max(starts[-1] + 16, length) == max(length, 16)
+        assert all(0 < b - a <= 14 for a, b in pairwise(starts))
+
+
+# ---- photographs
+
+
+def test_any_photo_becomes_the_same_tensor(tmp_path):
+    red = Image.new("RGB", (30, 20), (255, 0, 0))
+    red.save(tmp_path / "plain.png")
+    tags = Image.Exif()
+    tags[0x0112] = 6  # shot with the camera turned: 20 x 30 once upright
+    red.save(tmp_path / "turned.jpg", exif=tags, quality=100)
+    red.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    red.convert("P").save(tmp_path / "palette.png")
+    Image.new("RGBA", (30, 20), (255, 0, 0, 128)).save(tmp_path / "alpha.png")
+    Image.new("LA", (30, 20), (0, 0)).save(tmp_path / "clear.png")
+    Image.new("I;16", (30, 20), 32768).save(tmp_path / "deep.png")
+    Image.new("1", (30, 20), 1).save(tmp_path / "bits.png")
+    expected = {
+        "plain.png": (1, -1, -1),
+        "turned.jpg": (1, -1, -1),
+        "cmyk.jpg": (1, -1, -1),
+        "palette.png": (1, -1, -1),
+        "alpha.png": (1, -1 / 255, -1 / 255),  # half of it white
+        "clear.png": (1, 1, 1),
+        "deep.png": (0, 0, 0),
+        "bits.png": (1, 1, 1),
+    }
+    for name, color in expected.items():
+        image = open_image(tmp_path / name)
+        assert image.shape == ((3, 30, 20) if name == "turned.jpg" else (3, 20, 30)), name
+        assert image.dtype == torch.float32
+        assert (image - torch.tensor(color)[:, None, None]).abs().max() < 0.03, name
+
+
+def test_pixels_are_exact():
+    pixels = torch.arange(0, 256, dtype=torch.uint8).reshape(16, 16)
+    image = dcae.open_image.__globals__["to_tensor"](Image.fromarray(pixels.numpy()))
+    assert torch.allclose(image[1], pixels.float() / 127.5 - 1, atol=1e-6)
+
+
+def test_padding_repeats_the_border_and_measures_agree_with_the_definitions():
+    image = torch.rand(1, 3, 5, 7)
+    padded = pad_to_multiple(image, 4)
+    assert padded.shape == (1, 3, 8, 8)
+    assert torch.equal(padded[..., :5, :7], image)
+    assert torch.equal(padded[..., 7, :7], image[..., 4, :])
+    assert psnr(image, image + 0.02) == pytest.approx(40, abs=1e-3)  # 20 log10(2 / 0.02)
+    metrics = pytest.importorskip("skimage.metrics", reason="scikit-image checks SSIM")
+    one, other = torch.rand(2, 3, 20, 24)
+    theirs = metrics.structural_similarity(
+        one.numpy() / 2 + 0.5,
+        other.numpy() / 2 + 0.5,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        data_range=1,
+        channel_axis=0,
+    )
+    assert ssim(one[None], other[None]) == pytest.approx(theirs, abs=1e-4)
+
+
+# ---- command line
+
+
+def command(arguments: list, monkeypatch, capsys) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["dcae.py", *map(str, arguments)])
+    code = 0
+    try:
+        run(dcae.main)
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def test_the_command_writes_the_picture_and_ends_with_json(tmp_path, monkeypatch, capsys):
+    model = DCAE(**TINY)
+    save(tmp_path / "tiny.safetensors", model.state_dict(), {"config": json.dumps(model.config)})
+    Image.new("RGB", (29, 21), (10, 200, 90)).save(tmp_path / "photo.jpg")
+    out = tmp_path / "new" / "out.png"
+    arguments = [tmp_path / "photo.jpg", "--model", tmp_path / "tiny.safetensors", "--out", out]
+    code, stdout, stderr = command(arguments, monkeypatch, capsys)
+    figures = json.loads(stdout.splitlines()[-1])
+    assert code == 0 and "padded to 32x24" in stdout and "loaded" in stderr
+    assert figures["latents"] == [16, 3, 4] and figures["compression"] == 12
+    assert {"psnr", "ssim", "out"} <= figures.keys()
+    assert Image.open(out).size == (3 * 29, 21)
+    monkeypatch.setattr(dcae, "TILES_ABOVE", 100)
+    assert "in tiles" in command(arguments, monkeypatch, capsys)[1]
+
+
+def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    (tmp_path / "text.jpg").write_text("not a picture")
+    Image.new("RGB", (64, 64)).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:400])
+    (tmp_path / "empty.jpg").touch()
+    for arguments, words in (
+        (["missing.jpg"], "no such image"),
+        ([tmp_path / "text.jpg"], "is not an image"),
+        ([tmp_path / "empty.jpg"], "is not an image"),
+        ([tmp_path / "cut.jpg"], "cannot be read"),
+        ([tmp_path], "cannot be read"),
+        ([tmp_path / "whole.jpg", "--model", "dc-ae-f33"], "presets: dc-ae-f32c32-toy"),
+        ([tmp_path / "whole.jpg", "--dtype", "fp8"], "one of fp32, bf16, fp16"),
+        ([tmp_path / "whole.jpg", "--device", "abacus"], "is no device"),
+        ([], "required: image"),
+    ):
+        code, stdout, stderr = command(arguments, monkeypatch, capsys)
+        assert code == 2 and not stdout, arguments
+        assert stderr.startswith("error: ") and stderr.count("\n") == 1 and words in stderr, stderr
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path):
+    tensors, config = golden("dcae_tiny_v15_dcai")
+    with pytest.raises(UserError, match="does not fit this DCAE"):
+        load(weights_of(tensors), config | {"latent_channels": 16}, tmp_path)
+    with pytest.raises(UserError, match="DCAE has no block_out_channels"):
+        load(weights_of(tensors), {"block_out_channels": [1]}, tmp_path)
+    with pytest.raises(UserError, match="neither ResBlock nor EfficientViTBlock"):
+        load(weights_of(tensors), config | {"encoder_block_types": "Swin"}, tmp_path)
+    with pytest.raises(UserError, match="carries no config"):
+        load(weights_of(tensors), None, tmp_path)
