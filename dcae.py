@@ -526,14 +526,15 @@ def in_tiles(
             height, width = piece.shape[-2:]
             if total is None:  # fp32: what is summed here is divided again below
                 shape = (*piece.shape[:2], rows * new_cell, cols * new_cell)
-                total, weight = piece.new_zeros(2, *shape, dtype=torch.float32)
+                total = piece.new_zeros(shape, dtype=torch.float32)
+                weight = total.new_zeros(shape[2:])
             # A tile counts by the distance to its nearest edge, where it knows least around it:
             # over the overlap of two tiles that is a linear cross-fade.
             y, x = (torch.arange(1, n + 1, device=piece.device) for n in (height, width))
             ramp = torch.minimum(y, y.flip(0))[:, None] * torch.minimum(x, x.flip(0))  # (h, w)
             y, x = top * new_cell, left * new_cell
             total[..., y : y + height, x : x + width] += piece * ramp
-            weight[..., y : y + height, x : x + width] += ramp
+            weight[y : y + height, x : x + width] += ramp
     return (total / weight).to(whole.dtype)
 
 
