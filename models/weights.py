@@ -474,7 +474,7 @@ def save(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str])
     path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor.float()).all():
             raise UserError(f"{path} not written: {name} holds NaN or Inf; lower the learning rate")
     path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(tensor.nbytes for tensor in tensors.values())

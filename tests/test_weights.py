@@ -1,0 +1,538 @@
+"""Why believe models/weights.py: what must load does, and what must not is refused in a sentence."""
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from models import weights
+from models.weights import UserError, assign, build, open_checkpoint, open_model, save
+
+
+class Tiny(nn.Module):
+    """Two layers whose official names differ from ours: `first` is stored as three parts."""
+
+    def __init__(self, n_in: int = 4, width: int = 6):
+        super().__init__()
+        self.config = {"n_in": n_in, "width": width}
+        self.first = nn.Linear(n_in, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.last = nn.Linear(width, 2)
+
+    @classmethod
+    def from_pretrained(cls, path, config=None, dtype=torch.float32, dropped=()) -> "Tiny":
+        checkpoint, config, run = open_model(path, {}, "transformer", config)
+        model = build(cls, config, checkpoint.path)
+        assign(model, rows_of(model, checkpoint), checkpoint, dropped, "cpu", dtype, run)
+        return model.eval()
+
+
+def rows_of(model: nn.Module, checkpoint: weights.Checkpoint) -> dict:
+    rows = {name: ((name,), None) for name in model.state_dict()}
+    if "a.weight" in checkpoint.shapes:
+        for leaf in ("weight", "bias"):
+            rows[f"first.{leaf}"] = (tuple(f"{x}.{leaf}" for x in "abc"), join_rows)
+    return rows
+
+
+def join_rows(*parts: Tensor) -> Tensor:
+    return torch.cat(parts)
+
+
+def official(model: Tiny) -> dict[str, Tensor]:
+    tensors = {k: v for k, v in model.state_dict().items() if not k.startswith("first")}
+    for leaf in ("weight", "bias"):
+        thirds = getattr(model.first, leaf).detach().chunk(3)
+        tensors |= {f"{x}.{leaf}": third.clone() for x, third in zip("abc", thirds, strict=True)}
+    return tensors
+
+
+def is_equal(one: nn.Module, other: nn.Module) -> bool:
+    theirs = other.state_dict()
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in one.state_dict().items())
+
+
+@pytest.fixture
+def model() -> Tiny:
+    torch.manual_seed(0)
+    return Tiny()
+
+
+@pytest.fixture
+def base(model: Tiny, tmp_path: Path) -> Path:
+    save(tmp_path / "base.safetensors", model.state_dict(), {"config": json.dumps(model.config)})
+    return tmp_path / "base.safetensors"
+
+
+# ---- what must load
+
+
+def test_names_are_joined_and_every_dtype_is_kept_in_its_place(model, tmp_path):
+    save_file(official(model), tmp_path / "official.safetensors")
+    loaded = Tiny.from_pretrained(tmp_path / "official.safetensors", model.config)
+    assert is_equal(loaded, model)
+    half = Tiny.from_pretrained(tmp_path / "official.safetensors", model.config, torch.bfloat16)
+    assert half.first.weight.dtype == torch.bfloat16
+    assert half.norm.num_batches_tracked.dtype == torch.int64
+    assert half.first.weight.requires_grad and not half.training
+
+
+def test_a_pickle_of_tensors_loads_with_and_without_a_state_dict_around_it(model, tmp_path):
+    torch.save({"state_dict": official(model), "epoch": 7}, tmp_path / "wrapped.pth")
+    torch.save(official(model), tmp_path / "bare.bin")
+    for name in ("wrapped.pth", "bare.bin"):
+        assert is_equal(Tiny.from_pretrained(tmp_path / name, model.config), model)
+
+
+def test_a_pipeline_folder_serves_its_part_and_a_variant_is_not_mistaken_for_it(model, tmp_path):
+    part = tmp_path / "transformer"
+    part.mkdir()
+    (part / "config.json").write_text(json.dumps({"_class_name": "Tiny", **model.config}))
+    save_file(official(model), part / "diffusion_pytorch_model.safetensors")
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in official(model).items()}
+    save_file(zeros, part / "diffusion_pytorch_model.fp16.safetensors")
+    assert is_equal(Tiny.from_pretrained(tmp_path), model)
+    assert is_equal(Tiny.from_pretrained(part), model)
+
+
+def test_names_may_be_dropped_only_on_purpose(model, tmp_path):
+    path = tmp_path / "extra.safetensors"
+    save_file(official(model) | {"pos_embed": torch.zeros(3)}, path)
+    with pytest.raises(UserError, match=re.escape("1 unexpected (pos_embed)")):
+        Tiny.from_pretrained(path, model.config)
+    for dropped in (("pos_embed",), re.compile("^pos_")):
+        assert is_equal(Tiny.from_pretrained(path, model.config, dropped=dropped), model)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own accounting")
+def test_loading_maps_the_file_and_keeps_no_second_copy(tmp_path):
+    program = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch
+from pathlib import Path
+from torch import nn
+from models.weights import assign, build, open_checkpoint, save
+
+class Wide(nn.Sequential):
+    def __init__(self): super().__init__(*(nn.Linear(1024, 1024, bias=False) for _ in range(24)))
+
+def own_megabytes():
+    line = next(x for x in open("/proc/self/status") if x.startswith("RssAnon"))
+    return int(line.split()[1]) / 1024
+
+path = Path({str(tmp_path)!r}) / "wide.safetensors"
+save(path, Wide().state_dict(), {{}})
+for dtype in (torch.float32, torch.bfloat16):
+    checkpoint = open_checkpoint(path)
+    model = build(Wide, {{}}, path)
+    before = own_megabytes()
+    assign(model, {{n: ((n,), None) for n in model.state_dict()}}, checkpoint, dtype=dtype)
+    sum(p.detach().sum() for p in model.parameters())  # touch every page
+    print(own_megabytes() - before)
+    del model
+"""
+    lines = subprocess.check_output([sys.executable, "-c", program], text=True).split()
+    mapped, converted = map(float, lines)
+    print(f"96 MB file: {mapped:.1f} MB of own memory in fp32, {converted:.1f} MB in bf16")
+    assert mapped < 10  # the file itself is the model
+    assert converted < 48 + 15  # the bf16 model and one tensor in flight
+
+
+# ---- runs: our own files on top of a base
+
+
+def header(base: Path, config: str = '{"width": 6}') -> dict[str, str]:
+    return {"stage": "lora", "base": str(base), "alpha": "8", "config": config}
+
+
+def test_a_run_replaces_adds_and_leaves_the_rest_to_its_base(model, base, tmp_path):
+    down, up = torch.randn(2, 4), torch.randn(6, 2)
+    trained = {"last.weight": torch.ones(2, 6), "first.lora_A": down, "first.lora_B": up}
+    save(tmp_path / "run.safetensors", trained, header(base))
+    tuned = Tiny.from_pretrained(tmp_path / "run.safetensors")
+    assert torch.equal(tuned.last.weight, trained["last.weight"])
+    assert torch.equal(tuned.first.weight, model.first.weight + 8 / 2 * up @ down)
+    assert torch.equal(tuned.first.bias, model.first.bias)
+
+
+def test_a_run_may_give_the_model_another_shape(base, tmp_path):
+    trained = {"first.weight": torch.ones(6, 9)}
+    save(tmp_path / "run.safetensors", trained, header(base, config='{"n_in": 9}'))
+    assert Tiny.from_pretrained(tmp_path / "run.safetensors").first.weight.shape == (6, 9)
+
+
+def test_a_run_on_an_official_base_merges_after_the_join(model, tmp_path):
+    save_file(official(model), tmp_path / "official.safetensors")
+    trained = {"first.lora_A": torch.ones(1, 4), "first.lora_B": torch.ones(6, 1)}
+    save(tmp_path / "run.safetensors", trained, header(tmp_path / "official.safetensors"))
+    tuned = Tiny.from_pretrained(tmp_path / "run.safetensors")
+    assert torch.equal(tuned.first.weight, model.first.weight + 8)
+
+
+@pytest.mark.parametrize(
+    ("trained", "words"),
+    [
+        ({"firzt.weight": (6, 4)}, "1 unexpected (firzt.weight)"),
+        ({"first.lora_A": (2, 4)}, "1 unexpected (first.lora_A)"),
+        ({"x.lora_A": (2, 4), "x.lora_B": (6, 2)}, "2 unexpected"),
+        ({"first.lora_A": (2, 5), "first.lora_B": (6, 2)}, "of another shape (first.lora_"),
+        ({"first.weight": (6, 5)}, "first.weight is (6, 5), the model has (6, 4)"),
+    ],
+)
+def test_a_run_that_does_not_fit_is_refused(trained, words, base, tmp_path):
+    tensors = {name: torch.ones(shape) for name, shape in trained.items()}
+    save(tmp_path / "run.safetensors", tensors, header(base))
+    with pytest.raises(UserError, match=re.escape(words)):
+        Tiny.from_pretrained(tmp_path / "run.safetensors")
+
+
+def test_a_run_needs_its_base(tmp_path):
+    save(tmp_path / "run.safetensors", {"last.bias": torch.ones(2)}, header(Path("gone.pth")))
+    with pytest.raises(UserError, match=r"run.safetensors builds on gone.pth, which does not load"):
+        Tiny.from_pretrained(tmp_path / "run.safetensors")
+
+
+def test_a_run_on_a_run_is_refused(base, tmp_path):
+    save(tmp_path / "one.safetensors", {"last.bias": torch.ones(2)}, header(base))
+    other = header(tmp_path / "one.safetensors")
+    save(tmp_path / "two.safetensors", {"last.bias": torch.ones(2)}, other)
+    with pytest.raises(UserError, match="a base is a full model"):
+        Tiny.from_pretrained(tmp_path / "two.safetensors")
+
+
+# ---- what must be refused: tensors
+
+
+def test_the_first_five_of_each_complaint_are_named_with_both_shapes(model, tmp_path):
+    tensors = official(model)
+    for name in [n for n in tensors if n.startswith("norm")] + ["last.bias"]:
+        del tensors[name]
+    tensors |= {f"extra.{i}": torch.zeros(1) for i in range(7)} | {"last.weight": torch.zeros(3, 6)}
+    save_file(tensors, tmp_path / "wrong.safetensors")
+    with pytest.raises(UserError) as caught:
+        Tiny.from_pretrained(tmp_path / "wrong.safetensors", model.config)
+    text = str(caught.value)
+    assert (
+        "6 missing (norm.weight; norm.bias; norm.running_mean; norm.running_var; norm.num_" in text
+    )
+    assert "7 unexpected (extra.0; extra.1; extra.2; extra.3; extra.4; ...)" in text
+    assert "last.weight is (3, 6), the model has (2, 6)" in text
+    assert "\n" not in text and "wrong.safetensors does not fit this Tiny" in text
+
+
+def test_parts_that_do_not_join_are_a_shape_complaint(model, tmp_path):
+    save_file(official(model) | {"b.weight": torch.zeros(2, 5)}, tmp_path / "wrong.safetensors")
+    with pytest.raises(UserError, match=re.escape("first.weight is [(2, 4), (2, 5), (2, 4)]")):
+        Tiny.from_pretrained(tmp_path / "wrong.safetensors", model.config)
+
+
+# ---- what must be refused: files
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, ("bomb",))
+
+
+def test_code_in_a_pickle_never_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {"w": torch.ones(2)}, "x": Bomb()}, "bomb.pth")
+    with pytest.raises(UserError, match=r"bomb.pth holds more than tensors.*was not run"):
+        open_checkpoint(Path("bomb.pth"))
+    assert not Path("bomb").exists()
+
+
+def test_no_file_of_the_project_unpickles_anything_else():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("models/*.py")]:
+        for call in re.findall(r"torch\.load\([^)]*\)", path.read_text()):
+            assert "weights_only=True" in call, f"{path.name}: {call}"
+
+
+def rewritten(raw: bytes, change) -> bytes:
+    length = struct.unpack("<Q", raw[:8])[0]
+    head = json.loads(raw[8 : 8 + length])
+    change(head)
+    new = json.dumps(head).encode()
+    return struct.pack("<Q", len(new)) + new + raw[8 + length :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda raw: raw[:-10], r"is \d+ bytes, its header says \d+: cut short: fetch it again"),
+        (lambda raw: raw[:50], "is not a sound safetensors file"),
+        (lambda raw: b"", "is not a sound safetensors file"),
+        (lambda raw: b"<html>404</html>", "is not a sound safetensors file"),
+        (lambda raw: b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
+        (lambda raw: struct.pack("<Q", 10**15) + raw[8:], "is not a sound safetensors file"),
+        (
+            lambda raw: rewritten(raw, lambda h: h["last.bias"].update(shape=[10**9, 10**9])),
+            "is not a sound safetensors file",
+        ),
+        (
+            lambda raw: rewritten(raw, lambda h: h["last.bias"].update(data_offsets=[0, 8])),
+            "is not a sound safetensors file",
+        ),
+        (
+            lambda raw: rewritten(raw, lambda h: h["last.bias"].update(data_offsets=[0, 10**12])),
+            "cut short",
+        ),
+    ],
+)
+def test_a_damaged_or_lying_safetensors_file_is_one_sentence(damage, words, base):
+    base.write_bytes(damage(base.read_bytes()))
+    with pytest.raises(UserError, match=words) as caught:
+        open_checkpoint(base)
+    assert "\n" not in str(caught.value) and base.name in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0, 100, 900])
+def test_a_damaged_pickle_is_one_sentence(keep, model, tmp_path):
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    (tmp_path / "model.pth").write_bytes((tmp_path / "model.pth").read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"model.pth is damaged or older") as caught:
+        open_checkpoint(tmp_path / "model.pth")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pickle_of_something_else_is_no_state_dict(tmp_path):
+    for thing, words in (([1, 2], "no tensors"), ({"w": 3}, "found ['w']"), ({}, "no tensors")):
+        torch.save(thing, tmp_path / "thing.pt")
+        with pytest.raises(UserError, match=re.escape(words)):
+            open_checkpoint(tmp_path / "thing.pt")
+
+
+def test_a_folder_that_is_not_whole_is_refused(model, tmp_path):
+    with pytest.raises(UserError, match="holds no .safetensors weights"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json is not readable JSON"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(model.config))
+    save_file(official(model), tmp_path / "one.safetensors")
+    save_file(official(model), tmp_path / "two.safetensors")
+    with pytest.raises(UserError, match="several weight files"):
+        open_checkpoint(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    places = dict.fromkeys(official(model), "one.safetensors")
+    index.write_text(json.dumps({"weight_map": places | {"more": "one.safetensors"}}))
+    with pytest.raises(UserError, match=re.escape("does not match its files (['more'])")):
+        open_checkpoint(tmp_path)
+    index.write_text(json.dumps({"weight_map": places | {"a.bias": "three.safetensors"}}))
+    with pytest.raises(UserError, match=r"three.safetensors is missing"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_unknown_kind_of_file_and_an_absent_one_are_refused(tmp_path):
+    (tmp_path / "weights.gguf").touch()
+    with pytest.raises(UserError, match="weights are .safetensors"):
+        open_checkpoint(tmp_path / "weights.gguf")
+    with pytest.raises(UserError, match="no such file or folder"):
+        open_checkpoint(tmp_path / "absent.safetensors")
+
+
+# ---- finding
+
+TABLE = {
+    "toy": {"path": "models/toy/absent.safetensors"},
+    "real": {"hub": "org/real-model", "file": "real.safetensors", "config": {"width": 6}},
+    "folder": {"hub": "org/whole", "config": {}},
+}
+
+
+def test_a_local_path_wins_over_a_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("real").mkdir()
+    assert weights.locate("real", TABLE) == (Path("real"), None)
+
+
+def test_the_weights_folder_replaces_the_hub(tmp_path):
+    for place in ("real.safetensors", "real-model/real.safetensors"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).touch()
+        assert weights.locate("real", TABLE, str(tmp_path)) == (tmp_path / place, {"width": 6})
+        assert weights.locate("org/real-model", TABLE, str(tmp_path))[0] == tmp_path / place
+        (tmp_path / place).unlink()
+    with pytest.raises(UserError, match="has no whole: fetch org/whole and put it there"):
+        weights.locate("folder", TABLE, str(tmp_path))
+
+
+def test_an_unknown_name_lists_the_presets():
+    for name in ("reel", "reel.safetensors", "folder/reel.safetensors", "./reel"):
+        with pytest.raises(UserError, match="presets: toy, real, folder"):
+            weights.locate(name, TABLE)
+    with pytest.raises(UserError, match="of preset toy is missing"):
+        weights.locate("toy", TABLE)
+
+
+def hub_error(name: str):
+    errors = pytest.importorskip("huggingface_hub.errors", reason="the hub's own exceptions")
+    kind = getattr(errors, name)
+    return kind.__new__(kind)  # they want an HTTP response that we do not have
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("GatedRepoError", r"org/real-model is gated: accept its licence .* HF_TOKEN"),
+        ("RepositoryNotFoundError", r"the hub shows no such repository"),
+        ("RemoteEntryNotFoundError", r"has no file real.safetensors"),
+        ("LocalEntryNotFoundError", r"is not in the local cache .* HF_HUB_OFFLINE"),
+        ("OfflineModeIsEnabled", r"is not in the local cache"),
+        ("HfHubHTTPError", r"failed"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence(name, words, monkeypatch):
+    import huggingface_hub
+
+    def refuse(*args, **kwargs):
+        raise hub_error(name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(UserError, match=words) as caught:
+        weights.locate("real", TABLE)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError):
+        weights.locate("someone/else", TABLE, subfolder="vae")
+
+
+def test_a_hub_pipeline_is_fetched_only_in_part(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot(repository, allow_patterns, ignore_patterns=None):
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    (tmp_path / "vae").mkdir()
+    assert weights.locate("someone/pipeline", TABLE, subfolder="vae")[0] == tmp_path
+    assert asked == [["vae/*.json", "vae/*.safetensors"]]
+    weights.locate("someone/model", TABLE, subfolder="transformer")
+    assert "*.safetensors" in asked[-1]
+
+
+# ---- saving
+
+
+def test_saving_is_atomic_and_readable_by_others(model, tmp_path):
+    path = tmp_path / "new" / "file.safetensors"
+    save(path, {"w": model.first.weight, "t": model.first.weight.T}, {"stage": "align"})
+    assert torch.equal(load_file(path)["t"], model.first.weight.T)
+    assert path.stat().st_mode & 0o044 == 0o044
+    assert [p.name for p in path.parent.iterdir()] == ["file.safetensors"]
+
+
+def test_saving_over_the_file_that_is_loaded_keeps_both_right(model, base):
+    loaded = Tiny.from_pretrained(base)
+    save(base, {name: t + 1 for name, t in loaded.state_dict().items()}, {"config": "{}"})
+    assert is_equal(loaded, model)
+    assert torch.equal(load_file(base)["last.bias"], model.last.bias + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_nan_is_never_written(dtype, base):
+    old, bad = base.read_bytes(), torch.tensor([1, float("nan")]).to(dtype)
+    with pytest.raises(UserError, match="last.bias holds NaN or Inf"):
+        save(base, {"first.bias": torch.ones(2), "last.bias": bad}, {})
+    assert base.read_bytes() == old
+    save(base, {"first.bias": torch.ones(2).to(dtype), "step": torch.tensor(3)}, {})
+    assert load_file(base)["first.bias"].dtype == dtype
+
+
+def test_a_full_disk_leaves_the_old_file_intact(base, monkeypatch):
+    old = base.read_bytes()
+
+    def half_written(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weights, "save_file", half_written)
+    with pytest.raises(UserError, match="No space left on device"):
+        save(base, {"w": torch.ones(3)}, {})
+    usage = weights.shutil.disk_usage(base.parent)._replace(free=1000)
+    monkeypatch.setattr(weights.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match="0 MB are free"):
+        save(base, {"w": torch.ones(3)}, {})
+    assert base.read_bytes() == old and list(base.parent.iterdir()) == [base]
+
+
+def test_a_kill_while_saving_leaves_the_old_file_and_no_heap_of_leftovers(base):
+    program = f"""
+import os, sys; sys.path.insert(0, {str(ROOT)!r})
+import torch
+from models import weights
+
+def killed(tensors, path, metadata):
+    open(path, "wb").write(b"half")
+    os.kill(os.getpid(), 9)
+
+weights.save_file = killed
+weights.save({str(base)!r}, {{"w": torch.ones(3)}}, {{}})
+"""
+    old = base.read_bytes()
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -9
+    assert base.read_bytes() == old
+    save(base, {"w": torch.ones(3)}, {})
+    assert [p.name for p in base.parent.iterdir()] == [base.name]
+
+
+# ---- scripts
+
+
+@dataclass(frozen=True)
+class Flags:
+    photo: str
+    batch_size: int = 4
+    lr: float = 1e-4
+    data: str | None = None
+    compile: bool = False
+
+
+def test_flags_come_from_the_dataclass():
+    parse = weights.parse_config
+    assert parse(Flags, "doc", ["a.jpg"]) == Flags("a.jpg")
+    arguments = ["a.jpg", "--batch-size", "8", "--lr", "3e-4", "--data", "x", "--compile"]
+    assert parse(Flags, "doc", arguments) == Flags("a.jpg", 8, 3e-4, "x", True)
+    for wrong in ([], ["a.jpg", "--batch-size", "many"], ["a.jpg", "--epochs", "1"]):
+        with pytest.raises(UserError, match="--help lists the flags"):
+            parse(Flags, "doc", wrong)
+
+
+def test_a_users_mistake_is_a_line_on_stderr_and_code_2(capsys):
+    def mistaken():
+        raise UserError("got this, wanted that, do so")
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    for main, code in ((mistaken, 2), (interrupted, 130)):
+        with pytest.raises(SystemExit) as stop:
+            weights.run(main)
+        assert stop.value.code == code
+    assert capsys.readouterr().err == "error: got this, wanted that, do so\n"
+
+
+def test_devices_and_dtypes_are_picked_or_refused():
+    assert weights.pick_device("cpu") == torch.device("cpu")
+    assert weights.pick_device().type in ("cuda", "mps", "cpu")
+    for name in ("abacus", "cuda:99", "meta"):
+        with pytest.raises(UserError, match="here: "):
+            weights.pick_device(name)
+    assert weights.pick_dtype("bf16") == torch.bfloat16
+    with pytest.raises(UserError, match="one of fp32, bf16, fp16"):
+        weights.pick_dtype("int4")
