@@ -306,9 +306,11 @@ def open_pickle(path: Path, config: dict | None) -> Checkpoint:
         raise UserError(
             f"{path} holds more than tensors, perhaps code, and was not run: use its .safetensors"
         ) from None
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # noqa: BLE001  a damaged stream raises any of a dozen kinds
         reason = str(error).split("\n")[0]
-        raise UserError(f"{path} is damaged or older than PyTorch 1.6 ({reason})") from None
+        raise UserError(
+            f"{path} is damaged, or older than PyTorch 1.6 ({reason}): fetch it again"
+        ) from None
     tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else {}
     strange = [name for name, tensor in tensors.items() if not isinstance(tensor, Tensor)]
     if strange or not tensors:
@@ -476,19 +478,19 @@ def save(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str])
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor.float()).all():
             raise UserError(f"{path} not written: {name} holds NaN or Inf; lower the learning rate")
-    path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(tensor.nbytes for tensor in tensors.values())
-    free = shutil.disk_usage(path.parent).free
-    if free < size + 2**20:
-        sizes = f"it takes {size / 1e6:.0f} MB and {free / 1e6:.0f} MB are free"
-        raise UserError(f"{path} not written: {sizes}; what was there before is intact")
     partial = path.with_name(f".tmp-{path.name}")  # one name: the next save cleans up after a kill
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if free < size + 2**20:
+            raise OSError(f"it takes {size / 1e6:.0f} MB and {free / 1e6:.0f} MB are free")
         save_file(tensors, partial, metadata)
         partial.chmod(0o644)  # safetensors writes for the owner only
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
     except (SafetensorError, OSError) as error:
-        partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()
         raise UserError(f"{path} not written ({error}); what was there before is intact") from None
