@@ -39,6 +39,7 @@ from models.data import open_image
 from models.weights import (
     Checkpoint,
     Rows,
+    UserError,
     assign,
     build,
     open_model,
@@ -356,6 +357,7 @@ class DCAE(nn.Module):
         assert height % self.stride == 0 and width % self.stride == 0, (
             f"image of {width}x{height}: both sides must be multiples of {self.stride}"
         )
+        images = images.to(self.encoder.conv_in.weight.dtype)
         return self.encoder(images)[:, :channels] * self.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -365,7 +367,8 @@ class DCAE(nn.Module):
             f"latents of {latents.shape[1]} channels, this decoder takes {self.latent_channels}"
         )
         latents = F.pad(latents, (0, 0, 0, 0, 0, absent)) if absent else latents
-        return self.decoder(latents / self.scaling_factor)
+        raw = latents / self.scaling_factor
+        return self.decoder(raw.to(self.decoder.conv_in.weight.dtype))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.decode(self.encode(images))
@@ -395,7 +398,7 @@ def family_1_0(latent_channels: int, widths: list[int], scaling_factor: float) -
 
 
 def family_1_5(widths: list[int], scaling_factor: float) -> dict:
-    """No attention, and no shortcut around the latent: it would mix the channels' order up."""
+    """No attention, and no shortcut around the latent, whose channels training puts in order."""
     depths = [0, 5, 10] + [4] * (len(widths) - 3)
     return {
         "latent_channels": 128,
@@ -530,7 +533,7 @@ def in_tiles(
                 weight = total.new_zeros(shape[2:])
             # A tile counts by the distance to its nearest edge, where it knows least around it:
             # over the overlap of two tiles that is a linear cross-fade.
-            y, x = (torch.arange(1, n + 1, device=piece.device) for n in (height, width))
+            y, x = (torch.arange(1.0, n + 1, device=piece.device) for n in (height, width))
             ramp = torch.minimum(y, y.flip(0))[:, None] * torch.minimum(x, x.flip(0))  # (h, w)
             y, x = top * new_cell, left * new_cell
             total[..., y : y + height, x : x + width] += piece * ramp
@@ -588,11 +591,14 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     return F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
-def save_image(images: Tensor, path: Path) -> None:
+def save_image(image: Tensor, path: Path) -> None:
     """(3, H, W) in [-1, 1] to a PNG."""
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().byte()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be written ({error}): pass --out picture.png") from None
 
 
 @torch.no_grad()
@@ -613,6 +619,8 @@ def main() -> None:
     latents = tiled_encode(model, images) if tiled else model.encode(images)  # (1, C, h, w)
     decoded = tiled_decode(model, latents) if tiled else model.decode(latents)
     decoded = decoded[..., :height, :width].float().cpu().clamp(-1, 1)
+    if not decoded.isfinite().all():
+        raise UserError(f"the reconstruction overflows in {config.dtype}: pass --dtype fp32")
     difference = 4 * (decoded - image).abs() - 1  # black where equal
     save_image(torch.cat([image, decoded, difference], -1)[0], Path(config.out))
 

@@ -227,6 +227,7 @@ class FluxVAE(nn.Module):
         assert height % self.stride == 0 and width % self.stride == 0, (
             f"image of {width}x{height}: both sides must be multiples of {self.stride}"
         )
+        images = images.to(self.encoder.conv_in.weight.dtype)
         mean, logvar = self.encoder(images).chunk(2, 1)  # (B, C, h, w) each
         return mean, logvar.clamp(-30, 20)  # exp stays finite
 
@@ -239,7 +240,8 @@ class FluxVAE(nn.Module):
         return (raw - self.shift_factor) * self.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:  # (B, C, h, w) -> (B, 3, H, W)
-        return self.decoder(latents / self.scaling_factor + self.shift_factor)
+        raw = latents / self.scaling_factor + self.shift_factor
+        return self.decoder(raw.to(self.decoder.conv_in.weight.dtype))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.decode(self.encode(images))
