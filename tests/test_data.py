@@ -1,0 +1,400 @@
+"""Why believe models/data.py: every kind of picture comes out right, or is left out by name."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from models.data import cached, describe, encode_images, fit, open_folder, open_image
+from models.weights import UserError
+
+RED, WHITE, BLACK, GRAY = (1, -1, -1), (1, 1, 1), (-1, -1, -1), (0, 0, 0)
+
+
+def write(path: Path, size: tuple[int, int] = (48, 40), caption: str | None = "a red square"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (255, 0, 0)).save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption)
+    return path
+
+
+def reasons(folder) -> dict[str, str]:
+    return {path.name: reason for path, reason in folder.left_out}
+
+
+# ---- one picture
+
+
+@pytest.mark.parametrize(
+    ("name", "picture", "color"),
+    [
+        ("rgb.png", Image.new("RGB", (4, 2), (255, 0, 0)), RED),
+        ("rgb.webp", Image.new("RGB", (4, 2), (255, 0, 0)), RED),
+        ("cmyk.jpg", Image.new("CMYK", (4, 2), (0, 255, 255, 0)), RED),
+        ("palette.png", Image.new("RGB", (4, 2), (255, 0, 0)).convert("P"), RED),
+        ("clear.png", Image.new("RGBA", (4, 2), (255, 0, 0, 0)), WHITE),
+        ("half.png", Image.new("RGBA", (4, 2), (255, 0, 0, 51)), (1, 0.6, 0.6)),
+        ("half.webp", Image.new("RGBA", (4, 2), (255, 0, 0, 51)), (1, 0.6, 0.6)),
+        ("gray_alpha.png", Image.new("LA", (4, 2), (0, 51)), (0.6, 0.6, 0.6)),
+        ("deep.png", Image.new("I;16", (4, 2), 32768), GRAY),  # convert("RGB") gives white
+        ("white_16.png", Image.new("I;16", (4, 2), 65535), WHITE),
+        ("gray.png", Image.new("L", (4, 2), 51), (-0.6, -0.6, -0.6)),
+        ("bits.png", Image.new("1", (4, 2), 1), WHITE),
+        ("no_bits.png", Image.new("1", (4, 2), 0), BLACK),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_colour_mode_gives_the_right_rgb(tmp_path, name, picture, color):
+    options = {"lossless": True, "exact": True} if name.endswith("webp") else {}
+    picture.save(tmp_path / name, **options)
+    image = open_image(tmp_path / name)
+    assert image.shape == (3, 2, 4) and image.dtype == torch.float32
+    lossy = 2 / 255 if name.endswith("jpg") else 2e-5
+    assert (image - torch.tensor(color)[:, None, None]).abs().max() <= lossy
+
+
+def test_a_palette_entry_named_transparent_is_white(tmp_path):
+    picture = Image.new("P", (2, 1))
+    picture.putpalette([255, 0, 0, 0, 255, 0])
+    picture.putpixel((1, 0), 1)
+    picture.save(tmp_path / "sprite.png", transparency=1)
+    left, right = open_image(tmp_path / "sprite.png").unbind(-1)
+    assert left.flatten().tolist() == list(RED) and right.flatten().tolist() == list(WHITE)
+
+
+@pytest.mark.parametrize("name", ["turned.jpg", "turned.png", "turned.webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_tag_is_undone(tmp_path, name, orientation):
+    upright = np.zeros((32, 48, 3), np.uint8)
+    upright[:16, :16] = 255, 0, 0  # red in the top left corner
+    stored = {  # what a camera held that way writes
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: upright.transpose(1, 0, 2)[::-1],
+        7: upright.transpose(1, 0, 2)[::-1, ::-1],
+        8: upright.transpose(1, 0, 2)[:, ::-1],
+    }[orientation]
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / name, exif=tags, quality=95)
+    expected = torch.from_numpy(upright).permute(2, 0, 1) / 127.5 - 1
+    image = open_image(tmp_path / name)
+    assert image.shape == expected.shape
+    assert (image - expected).abs().mean() < 0.02
+
+
+def test_a_picture_of_the_right_size_keeps_every_pixel():
+    image = torch.rand(3, 8, 12) * 2 - 1
+    assert torch.allclose(fit(image, 8, 12), image, atol=1e-6)
+    assert torch.allclose(fit(image, 8, 8), image[..., 2:10], atol=1e-6)
+    assert torch.allclose(fit(image.mT, 8, 8), image.mT[:, 2:10], atol=1e-6)
+
+
+def test_reducing_averages_instead_of_picking_pixels():
+    stripes = torch.tensor([-1.0, 1.0]).repeat(64).expand(3, 64, 128)
+    assert fit(stripes, 16, 16)[..., 2:-2].abs().max() < 1e-5
+    edge = torch.cat([-torch.ones(3, 50, 25), torch.ones(3, 50, 25)], -1)
+    assert fit(edge, 16, 16).abs().max() == 1  # bicubic overshoots, clamped
+
+
+# ---- folders
+
+
+def test_captions_beside_the_pictures_in_sub_folders_too(tmp_path):
+    for name in ("b.png", "a.jpg", "more/c.JPEG", "more/deep/d.webp"):
+        write(tmp_path / name, caption=f"picture {name}")
+    write(tmp_path / ".thumbnails" / "a.jpg")
+    (tmp_path / "notes.md").write_text("not a picture")
+    folder = open_folder(tmp_path, 32)
+    names = [path.relative_to(tmp_path).as_posix() for path in folder.files]
+    assert names == ["a.jpg", "b.png", "more/c.JPEG", "more/deep/d.webp"]
+    assert folder.captions == [f"picture {name}" for name in names]
+    assert len(folder) == 4 and folder.left_out == []
+    images = folder.images([2, 0])
+    assert images.shape == (2, 3, 32, 32) and images.dtype == torch.float32
+    assert (images[0, :, 5, 5] - torch.tensor(RED)).abs().max() < 0.02
+    assert describe(folder) == f"{tmp_path}: 4 pictures at 32x32"
+
+
+def test_captions_in_a_metadata_file(tmp_path):
+    for name in ("a.png", "sub/b.png", "c.png", "d.png", "e.png"):
+        write(tmp_path / name, caption=None)
+    rows = [
+        {"file_name": "sub/b.png", "text": "b\u2028", "caption": "not this"},
+        {"file_name": "./a.png", "caption": "a é"},
+        {"file_name": "c.png", "prompt": "c"},
+        {"file_name": "d.png", "text": None},
+        {"file_name": "../outside.png", "text": "never opened"},
+    ]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\r\n\r\n"
+    (tmp_path / "metadata.jsonl").write_bytes(lines.encode("utf-8-sig"))
+    folder = open_folder(tmp_path, 32)
+    assert dict(zip([path.name for path in folder.files], folder.captions)) == {
+        "a.png": "a é",
+        "c.png": "c",
+        "b.png": "b",
+    }
+    assert reasons(folder) == {
+        "d.png": "has no caption",
+        "e.png": "has no caption",
+        "outside.png": "is in metadata.jsonl and not in the folder",
+    }
+
+
+@pytest.mark.parametrize(
+    ("written", "caption"),
+    [
+        (b"a fox", "a fox"),
+        (b"\xef\xbb\xbfa fox\r\nsecond line", "a fox"),
+        (b"\n\n  a fox \n", "a fox"),
+        (b"a caf\xe9", "a caf\ufffd"),
+        ("a fox é\n".encode("utf-16"), "a fox é"),
+        (b"", ""),
+        (b"\r\n", ""),
+    ],
+)
+def test_a_caption_is_the_first_line_in_whatever_encoding(tmp_path, written, caption):
+    write(tmp_path / "a.png", caption=None)
+    (tmp_path / "a.txt").write_bytes(written)
+    folder = open_folder(tmp_path, 32)
+    assert folder.captions == [caption]
+    assert ("1 captions are empty" in describe(folder)) == (caption == "")
+    assert ("not UTF-8" in describe(folder)) == ("\ufffd" in caption)
+
+
+def test_what_is_left_out_is_named_with_its_reason(tmp_path, monkeypatch):
+    for i in range(12):
+        write(tmp_path / f"fine{i}.png")
+    sound = write(tmp_path / "cut.jpg", (200, 200)).read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(sound[: len(sound) // 2])
+    write(tmp_path / "empty.jpg").write_bytes(b"")
+    write(tmp_path / "text.jpg").write_text("not a picture")
+    write(tmp_path / "page.gif")
+    write(tmp_path / "gif_named.png").write_bytes((tmp_path / "page.gif").read_bytes())
+    write(tmp_path / "small.png", (31, 200))
+    write(tmp_path / "long.png", (200, 40))
+    write(tmp_path / "mute.png", caption=None)
+    write(tmp_path / "bomb.png", (300, 300))
+    frames = [Image.new("RGB", (48, 48), color) for color in ("red", "blue")]
+    for name in ("moving.webp", "moving_too.png"):
+        write(tmp_path / name)
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    (tmp_path / "nowhere.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "nowhere.txt").write_text("a link")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200 * 200)  # raises above twice that
+    folder = open_folder(tmp_path, 32)
+    assert [path.stem for path in folder.files] == sorted(f"fine{i}" for i in range(12))
+    assert folder.left_out == sorted(folder.left_out)
+    expected = {
+        "cut.jpg": "cannot be read (image file is truncated",
+        "empty.jpg": "is not an image",
+        "text.jpg": "is not an image",
+        "page.gif": "is of another format",
+        "gif_named.png": "is not an image, or not JPEG, PNG or WebP",
+        "small.png": "is 31x200: lower --resolution 32",
+        "long.png": "is 200x40: crop it to 1:4",
+        "mute.png": "has no caption",
+        "bomb.png": "cannot be read (Image size (90000 pixels) exceeds limit",
+        "moving.webp": "is animated",
+        "moving_too.png": "is animated",
+        "nowhere.png": "no such image",
+    }
+    found = reasons(folder)
+    assert found.keys() == expected.keys()
+    for name, reason in expected.items():
+        assert found[name].startswith(reason), name
+    assert "left out 12: 'bomb.png' cannot be read" in describe(folder)
+    assert describe(folder).endswith("; and 7 more")
+
+
+@pytest.mark.parametrize("kept", [0.05, 0.3, 0.6, 0.9, 0.99])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "progressive.jpg"])
+def test_a_cut_file_never_passes_as_a_picture(tmp_path, name, kept):
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8))
+    options = {"progressive": True} if name.startswith("prog") else {}
+    noise.save(tmp_path / name, **options)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises(UserError, match=r"cannot be read|is not an image"):
+        open_image(tmp_path / name)
+
+
+def test_a_phones_picture_with_a_depth_map_behind_it_is_no_animation(tmp_path):
+    picture, depth = Image.new("RGB", (48, 40), (255, 0, 0)), Image.new("RGB", (24, 20))
+    picture.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[depth])
+    assert Image.open(tmp_path / "phone.jpg").format == "MPO"
+    assert open_image(tmp_path / "phone.jpg").shape == (3, 40, 48)
+
+
+def nothing(folder: Path):
+    pass
+
+
+def only_text(folder: Path):
+    (folder / "a.txt").write_text("a fox")
+
+
+def only_others(folder: Path):
+    write(folder / "a.gif")
+
+
+def no_captions(folder: Path):
+    write(folder / "a.png", caption=None)
+
+
+def two_of_a_stem(folder: Path):
+    write(folder / "a.png")
+    write(folder / "a.jpg")
+
+
+def mostly_small(folder: Path):
+    for i in range(7):
+        write(folder / f"small{i}.png", (20, 20))
+    for i in range(6):
+        write(folder / f"fine{i}.png")
+
+
+def table(*lines: str):
+    def make(folder: Path):
+        write(folder / "a.png")
+        (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+    return make
+
+
+ROW = '{"file_name": "a.png", "text": "a"}'
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (Path.rmdir, "is no folder: name one"),
+        (nothing, "holds no .jpg, .jpeg, .png, .webp"),
+        (only_text, "holds no .jpg"),
+        (only_others, r"\(1 of other formats\): convert"),
+        (no_captions, "holds 1 pictures and no captions: put a.txt beside a.png"),
+        (two_of_a_stem, "a.jpg and .*a.png share a.txt"),
+        (mostly_small, "6 usable .* 7 that are not .*small0.png.*small4.png.*20x20.*and 2 more"),
+        (table(ROW, "", ROW), "line 3 names a.png a second time"),
+        (table(ROW, "{"), "line 2 is not like .*file_name"),
+        (table('["a.png", "a"]'), "line 1 is not like"),
+        (table('{"file": "a.png"}'), "line 1 is not like .*KeyError"),
+        (table('{"file_name": 7, "text": "a"}'), "line 1 is not like"),
+        (table("[" * 100000), "line 1 is not like"),
+        (table('{"file_name": "a.png", "text": 7}'), "1 pictures and no captions"),
+    ],
+)
+def test_a_folder_that_cannot_be_trained_on_is_refused_in_a_sentence(tmp_path, make, sentence):
+    make(tmp_path)
+    with pytest.raises(UserError, match=sentence) as error:
+        open_folder(tmp_path, 32)
+    assert "\n" not in str(error.value)
+
+
+def test_file_names_may_hold_anything(tmp_path):
+    odd = os.fsdecode(b"line\nbreak \xff")
+    write(tmp_path / f"{odd}.png", (20, 20))
+    write(tmp_path / ("x" * 200 + " 100%.png"))
+    report = describe(open_folder(tmp_path, 32))
+    assert report.count("\n") == 1
+    report.encode()
+
+
+def test_a_caption_may_hold_half_a_character(tmp_path):
+    table('{"file_name": "a.png", "text": "a \\ud83d fox"}')(tmp_path)
+    folder = open_folder(tmp_path, 32)
+    assert folder.captions == ["a ? fox"] and len(folder.key) == 64
+
+
+def test_the_order_and_the_key_depend_on_content_alone(tmp_path):
+    for i in (2, 0, 1):
+        write(tmp_path / "one" / f"{i}.png", (48, 48 + i), caption=str(i))
+    for i in (1, 2, 0):
+        write(tmp_path / "two" / f"{i}.png", (48, 48 + i), caption=str(i))
+    one, two = open_folder(tmp_path / "one", 32), open_folder(tmp_path / "two", 32)
+    assert one.key == two.key and one.captions == two.captions == ["0", "1", "2"]
+    assert open_folder(tmp_path / "two", 40).key != one.key
+    write(tmp_path / "two" / "bad.png", (8, 8))  # left out: nothing to train on has changed
+    assert open_folder(tmp_path / "two", 32).key == one.key
+    (tmp_path / "two" / "1.txt").write_text("one")
+    recaptioned = open_folder(tmp_path / "two", 32)
+    assert recaptioned.key != one.key
+    write(tmp_path / "two" / "1.png", (48, 50), caption="one")
+    assert open_folder(tmp_path / "two", 32).key != recaptioned.key
+
+
+# ---- latents
+
+
+class Averages(nn.Module):
+    """Stands for an autoencoder: means of 4 x 4 pixels, and 1 / 0 for a black picture."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        is_black = (images < -0.99).flatten(1).all(1)[:, None, None, None]
+        return F.avg_pool2d(images, 4) / (1 - is_black.to(images.dtype))
+
+
+class Ramp:
+    """A source without files: image i is i everywhere."""
+
+    def __len__(self) -> int:
+        return 7
+
+    def images(self, rows) -> Tensor:
+        return torch.tensor([*rows]).float().add(1)[:, None, None, None].expand(-1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+def test_latents_come_in_order_whatever_the_batch(batch_size):
+    latents = encode_images(Ramp(), Averages(), "cpu", torch.float32, batch_size, "encode")
+    assert latents.shape == (7, 3, 2, 2) and not latents.requires_grad
+    assert torch.equal(latents[:, 0, 0, 0], torch.arange(1.0, 8))
+
+
+def test_latents_keep_the_autoencoders_dtype():
+    latents = encode_images(Ramp(), Averages(), "cpu", torch.bfloat16, 4, "encode")
+    assert latents.dtype == torch.bfloat16
+
+
+def test_a_latent_that_overflows_names_its_picture(tmp_path):
+    for i in range(5):
+        write(tmp_path / f"{i}.png")
+    Image.new("1", (40, 40), 0).save(tmp_path / "3.png")
+    folder = open_folder(tmp_path, 32)
+    with pytest.raises(UserError, match=r"/3\.png overflow in torch.float32"):
+        encode_images(folder, Averages(), "cpu", torch.float32, 2, "encode")
+
+
+def test_a_cache_is_used_only_under_its_key(tmp_path):
+    path, calls = tmp_path / "run" / "latents.safetensors", []
+
+    def compute(value: float):
+        calls.append(value)
+        return {"latents": torch.full((2, 3), value, dtype=torch.bfloat16)}
+
+    for key, value in (("k1", 1.0), ("k1", 2.0), ("k2", 3.0), ("k2", 4.0)):
+        latents = cached(path, key, lambda value=value: compute(value))["latents"]
+        assert latents.dtype == torch.bfloat16 and latents[0, 0] == (1 if key == "k1" else 3)
+    assert calls == [1, 3]
+    path.write_bytes(path.read_bytes()[:-3])  # damaged
+    assert cached(path, "k2", lambda: compute(5.0))["latents"][0, 0] == 5
+    assert cached(path, "k2", lambda: compute(6.0))["latents"][0, 0] == 5
+    assert cached(None, "k2", lambda: compute(7.0))["latents"][0, 0] == 7
+    with pytest.raises(UserError, match="NaN"):
+        cached(path, "k3", lambda: compute(float("nan")))
+    assert cached(path, "k2", lambda: compute(8.0))["latents"][0, 0] == 5
