@@ -14,6 +14,7 @@ Trust   Pictures are data from strangers: three well-tested formats, told by con
 import codecs
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -38,21 +38,25 @@ THREADS = 8  # Pillow decodes without the GIL; each thread holds one full-size p
 # ---- one picture
 
 
-def open_image(path: str | Path) -> Tensor:
-    """(3, H, W) in [-1, 1]: turned by its EXIF tag, transparency over white, 16 bits scaled."""
+def open_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
+    """(3, H, W) in [-1, 1]; given a size (H, W), the largest middle part of that shape, resized."""
     try:
-        return to_tensor(read_image(Path(path)))
+        image = read_image(Path(path))
     except UserError as error:
         raise UserError(f"{path}: {error}; pass a sound JPEG, PNG or WebP") from None
+    if size is not None:
+        # Pillow's bicubic is antialiased; picking pixels would leave sparkle to the autoencoder.
+        image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
+    return to_tensor(image)
 
 
 def read_image(path: Path) -> Image.Image:
-    """Decoded to the last pixel and upright. A UserError tells in a phrase what is wrong."""
+    """Decoded to the last pixel, upright, RGB. A UserError tells in a phrase what is wrong."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             # A phone's JPEG may carry a depth or HDR map behind the picture (MPO): no animation.
             is_animated = getattr(image, "is_animated", False) and image.format != "MPO"
-            image = ImageOps.exif_transpose(image)  # a copy, so the whole file was decoded
+            image = to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise UserError("no such image") from None
     except UnidentifiedImageError:
@@ -64,27 +68,20 @@ def read_image(path: Path) -> Image.Image:
     return image
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits in one channel; convert would clip at 255
+        gray = np.asarray(image, dtype=np.float32) * (255 / 65535)
+        image = Image.fromarray(gray.round().astype(np.uint8))
+    elif image.has_transparency_data:  # over white; convert would show what the alpha hides
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def to_tensor(image: Image.Image) -> Tensor:
-    if image.mode.startswith("I"):  # 16 bits in one channel; convert("RGB") would clip at 255
-        gray = np.asarray(image, dtype=np.float32) / 65535
-        pixels = np.repeat(gray[..., None], 3, axis=-1)  # (H, W, 3)
-    elif image.has_transparency_data:
-        rgba = np.asarray(image.convert("RGBA"), dtype=np.float32) / 255
-        pixels = rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:]  # over white
-    else:
-        pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous() * 2 - 1
-
-
-def fit(image: Tensor, height: int, width: int) -> Tensor:
-    """The largest centred part of this shape, resized: (3, H, W) -> (3, height, width)."""
-    scale = min(image.shape[1] / height, image.shape[2] / width)
-    tall, wide = round(height * scale), round(width * scale)
-    top, left = (image.shape[1] - tall) // 2, (image.shape[2] - wide) // 2
-    part = image[None, :, top : top + tall, left : left + wide]
-    # Antialiased: else a reduced picture sparkles, and an autoencoder spends its latents on that.
-    part = F.interpolate(part, (height, width), mode="bicubic", antialias=True)
-    return part[0].clamp(-1, 1)  # bicubic overshoots at edges
+    """(3, H, W) in [-1, 1]."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)  # (H, W, 3)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous() / 127.5 - 1
 
 
 # ---- a folder of captioned pictures
@@ -104,11 +101,10 @@ class Folder:
 
     def images(self, rows: Sequence[int]) -> Tensor:
         """(B, 3, R, R) in [-1, 1]."""
-        size = self.resolution, self.resolution
+        size = (self.resolution, self.resolution)
         with ThreadPoolExecutor(THREADS) as pool:
-            return torch.stack(
-                list(pool.map(lambda row: fit(open_image(self.files[row]), *size), rows))
-            )
+            images = pool.map(lambda row: open_image(self.files[row], size), rows)
+            return torch.stack(list(images))
 
 
 def open_folder(folder: str | Path, resolution: int) -> Folder:
@@ -126,41 +122,39 @@ def open_folder(folder: str | Path, resolution: int) -> Folder:
     captions = read_table(table) if table.exists() else read_sidecars(pictures)
     if not captions:
         raise UserError(
-            f"{folder} holds {len(pictures)} pictures and no captions: put {pictures[0].stem}.txt "
+            f"{folder} holds pictures ({len(pictures)}) and no captions: put {pictures[0].stem}.txt "
             f"beside {pictures[0].name} and so on, or all of them into {table}"
         )
-    left_out = [(path, "is of another format: convert it to PNG") for path in others]
-    absent = captions.keys() - set(pictures) - set(others)
-    left_out += [(path, f"is in {table.name} and not in the folder") for path in absent]
-    left_out += [(path, "has no caption") for path in pictures if path not in captions]
 
-    candidates = [path for path in pictures if path in captions]
+    def look(path: Path) -> tuple[str, str]:
+        return inspect(path, resolution) if path in captions else ("", "has no caption")
+
     with ThreadPoolExecutor(THREADS) as pool:
-        scan = pool.map(lambda path: inspect(path, resolution), candidates)
-        scan = list(tqdm(scan, desc="scan", total=len(candidates), unit="img", leave=False))
-    left_out += [(path, reason) for path, (_, reason) in zip(candidates, scan) if reason]
-    left_out.sort()
-    digests = {path: digest for path, (digest, _) in zip(candidates, scan) if digest}
-    if len(left_out) > len(digests):
+        bar = tqdm(pool.map(look, pictures), "scan", len(pictures), leave=False, unit="img")
+        scan = dict(zip(pictures, bar))
+    absent = captions.keys() - set(pictures)
+    left_out = dict.fromkeys(absent, f"is in {table.name} and not in the folder")
+    left_out |= dict.fromkeys(others, "is of another format: convert it to PNG")
+    left_out |= {path: reason for path, (_, reason) in scan.items() if reason}
+    left_out = sorted(left_out.items())
+    files = [path for path, (_, reason) in scan.items() if not reason]
+    if len(left_out) > len(files):
         raise UserError(
-            f"{folder} has {len(digests)} usable pictures and {len(left_out)} that are not "
+            f"{folder} has {len(files)} usable pictures and {len(left_out)} that are not "
             f"({first_reasons(folder, left_out)}): mend or remove these"
         )
-    kept = [captions[path] for path in digests]
-    told = json.dumps([RULES, resolution, list(digests.values()), kept])
+    kept = [captions[path] for path in files]
+    told = json.dumps([RULES, resolution, [scan[path][0] for path in files], kept])
     key = hashlib.sha256(told.encode()).hexdigest()
-    return Folder(folder, resolution, list(digests), kept, left_out, key)
+    return Folder(folder, resolution, files, kept, left_out, key)
 
 
 def find(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     """Files named like pictures, sorted. What is hidden is thumbnails and other programs' notes."""
     paths = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
-    return sorted(
-        path
-        for path in paths
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and not path.is_dir()
-    )
+    paths = (path for path in paths if path.is_file() or path.is_symlink())  # a link may be broken
+    parts = {path: path.relative_to(folder).parts for path in paths}
+    return sorted(p for p in parts if not any(part.startswith(".") for part in parts[p]))
 
 
 def inspect(path: Path, resolution: int) -> tuple[str, str]:
@@ -243,9 +237,9 @@ def describe(folder: Folder) -> str:
 
 
 def first_reasons(folder: Path, left_out: list[tuple[Path, str]]) -> str:
-    names = [(str(path.relative_to(folder)), reason) for path, reason in left_out[:5]]
-    reasons = "; ".join(f"{name!r} {reason}" for name, reason in names)  # quoted: a name holds any
-    return reasons + f"; and {len(left_out) - 5} more" * (len(left_out) > 5)
+    """Names are quoted: they may hold line breaks, or bytes that no terminal takes."""
+    reasons = [f"{os.path.relpath(path, folder)!r} {reason}" for path, reason in left_out[:5]]
+    return "; ".join(reasons) + f"; and {len(left_out) - 5} more" * (len(left_out) > 5)
 
 
 # ---- latents
@@ -279,14 +273,13 @@ def encode_images(
 ) -> Tensor:
     """Latents of every image, (n, C, h, w), on the CPU."""
     batches = []
-    rows = range(len(source))
-    for first in tqdm(rows[::batch_size], desc=label, unit="batch", leave=False):
-        some = rows[first : first + batch_size]
-        latents = autoencoder.encode(source.images(some).to(device, dtype)).cpu()  # (B, C, h, w)
+    for first in tqdm(range(0, len(source), batch_size), label, leave=False, unit="batch"):
+        rows = range(first, min(first + batch_size, len(source)))
+        latents = autoencoder.encode(source.images(rows).to(device, dtype)).cpu()  # (B, C, h, w)
         finite = latents.isfinite().flatten(1).all(1)  # (B,)
         if not finite.all():
-            row = some[finite.tolist().index(False)]
+            row = rows[finite.tolist().index(False)]
             name = source.files[row] if hasattr(source, "files") else f"image {row}"
-            raise UserError(f"the latents of {name} overflow in {dtype}: try --dtype fp32")
+            raise UserError(f"the latents of {name} hold NaN or Inf in {dtype}: pass --dtype fp32")
         batches.append(latents)
     return torch.cat(batches)
