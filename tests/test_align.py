@@ -1,0 +1,239 @@
+"""Alignment: the objective is the paper's algebra, and only the doors move."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import align
+from align import Batch, Config, Pictures
+from models.flux import Flux
+from models.weights import UserError
+
+ROOT = Path(__file__).parent.parent
+TINY = dict(
+    num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=16,
+    axes_dims_rope=[4, 6, 6], joint_attention_dim=8, pooled_projection_dim=8,
+)  # fmt: skip
+
+
+def tiny_base() -> Flux:
+    torch.manual_seed(0)
+    return Flux(in_channels=64, **TINY).requires_grad_(False)
+
+
+def tiny_pictures(n: int = 160) -> Pictures:
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g)
+
+    return Pictures(
+        draw(n, 16, 8, 8), draw(n, 32, 2, 2), (draw(5, 3, 8), draw(5, 8)),
+        torch.arange(n) % 5, (draw(1, 3, 8), draw(1, 8)),
+    )  # fmt: skip
+
+
+class Guided(nn.Module):
+    """A model distilled exactly as FLUX is said to be: v(c, g) = g v(c) - (g - 1) v(null)."""
+
+    def conditional(self, noisy, timestep, pooled):
+        return noisy * pooled.mean(1)[:, None, None, None] + timestep[:, None, None, None]
+
+    def forward(self, noisy, timestep, text, pooled, guidance):
+        g = guidance[:, None, None, None]
+        null = self.conditional(noisy, timestep, torch.full_like(pooled, 0.5))
+        return g * self.conditional(noisy, timestep, pooled) - (g - 1) * null
+
+
+def batch_of(pooled_text) -> Batch:
+    b = len(pooled_text)
+    null = torch.full_like(pooled_text, 0.5)
+    text = torch.zeros(b, 3, 8)
+    return Batch(
+        torch.randn(b, 4, 2, 2), torch.randn(b, 4, 2, 2), torch.rand(b),
+        (text, pooled_text), (text, null), 1 + 4 * torch.rand(b),
+    )  # fmt: skip
+
+
+def test_the_recovered_velocity_undoes_the_guidance_at_any_scale():
+    batch = batch_of(torch.randn(16, 8))
+    model, noisy = Guided(), torch.randn(16, 4, 2, 2)
+    conditional = model.conditional(noisy, batch.timestep, batch.cond[1])
+    torch.testing.assert_close(align.recovered_velocity(model, noisy, batch), conditional)
+    returned = model(noisy, batch.timestep, *batch.cond, batch.guidance)
+    assert not torch.allclose(returned, conditional, atol=0.1)  # plain flow matching regresses this
+
+
+def test_flow_loss_is_zero_for_the_true_velocity():
+    batch = batch_of(torch.randn(4, 8))
+
+    class Oracle(nn.Module):
+        def forward(self, noisy, *_):
+            return (batch.noise - batch.latents).repeat(len(noisy) // 4, 1, 1, 1)
+
+    assert align.flow_loss(Oracle(), batch, recover=True) < 1e-10
+    assert align.flow_loss(Oracle(), batch, recover=False) < 1e-10
+
+
+def test_a_perfect_embedder_explains_everything():
+    base = tiny_base()
+    model = align.transplant(base, 32, position_stride=2)
+    base_latents = torch.randn(6, 16, 8, 8)
+    target = base.embed(base_latents).mT.unflatten(2, (4, 4))
+    pooled = nn.functional.avg_pool2d(target, 2).flatten(2).mT  # (6, 4, D)
+    latents = torch.randn(6, 32, 2, 2)
+    model.embed = lambda _: pooled
+    loss, variance = align.alignment_loss(model, base, latents, base_latents)
+    assert loss < 1e-10 < variance
+
+
+def test_a_transplant_shares_the_blocks_and_starts_silent():
+    base = tiny_base()
+    model = align.transplant(base, 32, position_stride=2)
+    assert model.double_blocks is base.double_blocks
+    assert model.final_layer.adaLN_modulation is not base.final_layer.adaLN_modulation
+    batch = tiny_batch(model)
+    assert model(batch.noise, batch.timestep, *batch.cond, batch.guidance).abs().max() == 0
+
+
+def tiny_batch(model, step: int = 0) -> Batch:
+    return align.draw_batch(tiny_pictures(), Config(batch_size=4), 2.0, step, "cpu")
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    pictures = tiny_pictures()
+    draws = [
+        align.draw_batch(pictures, Config(seed=s), 2.0, n, "cpu")
+        for s, n in ((0, 7), (0, 7), (0, 8), (1, 7))
+    ]
+    assert torch.equal(draws[0].noise, draws[1].noise)
+    assert not torch.equal(draws[0].noise, draws[2].noise)
+    assert not torch.equal(draws[0].noise, draws[3].noise)
+    assert (draws[0].timestep > 0).all() and (draws[0].timestep < 1).all()
+    assert (draws[0].guidance >= 1).all() and (draws[0].guidance <= 5).all()
+
+
+def test_training_moves_the_doors_and_nothing_else(tmp_path):
+    base = tiny_base()
+    model = align.transplant(base, 32, 2)
+    for door in align.doors(model):
+        door.requires_grad_(True)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    config = Config(embed_steps=3, steps=3, batch_size=4, embed_batch=8)
+    align.train_embedder(model, base, tiny_pictures(), config, torch.device("cpu"))
+    align.train_doors(model, tiny_pictures(), config, 2.0, torch.device("cpu"), tmp_path / "p")
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if name.startswith(("img_in", "final_layer"))}
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path):
+    def run(steps_before_the_kill):
+        model = align.transplant(tiny_base(), 32, 2)
+        torch.manual_seed(1)
+        model.img_in.reset_parameters()
+        for door in align.doors(model):
+            door.requires_grad_(True)
+        config = Config(steps=6, batch_size=4, save_every=2)
+        path = tmp_path / f"{steps_before_the_kill}.safetensors"
+        if steps_before_the_kill:
+            killed = kill_after(steps_before_the_kill)
+            with pytest.raises(KeyboardInterrupt), killed:
+                align.train_doors(model, tiny_pictures(), config, 2.0, torch.device("cpu"), path)
+            model = align.transplant(tiny_base(), 32, 2)
+            for door in align.doors(model):
+                door.requires_grad_(True)
+        align.train_doors(model, tiny_pictures(), config, 2.0, torch.device("cpu"), path)
+        return align.trained(model)
+
+    whole, resumed = run(0), run(3)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def kill_after(calls: int):
+    """Ctrl-C while batch number `calls` is drawn."""
+    patch, draw, count = pytest.MonkeyPatch(), align.draw_batch, iter(range(100))
+
+    def interrupted(*args, **kwargs):
+        if next(count) == calls:
+            raise KeyboardInterrupt
+        return draw(*args, **kwargs)
+
+    patch.setattr(align, "draw_batch", interrupted)
+
+    class Undo:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            patch.undo()
+
+    return Undo()
+
+
+def test_progress_of_other_settings_is_refused(tmp_path):
+    model = align.transplant(tiny_base(), 32, 2)
+    for door in align.doors(model):
+        door.requires_grad_(True)
+    path, config = (
+        tmp_path / "progress.safetensors",
+        Config(steps=4, batch_size=4, save_every=2),
+    )
+    align.train_doors(model, tiny_pictures(), config, 2.0, torch.device("cpu"), path)
+    optimizer = torch.optim.AdamW(align.trained(model).values())
+    with pytest.raises(UserError, match="another lr"):
+        align.load_progress(
+            path, model, optimizer, Config(steps=4, batch_size=4, save_every=2, lr=1.0)
+        )
+
+
+def script(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_two_commands_run_end_to_end(tmp_path):
+    common = ["--scenes", "160", "--per-task", "1", "--out", str(tmp_path)]
+    done = script("align.py", *common, "--embed-steps", "3", "--steps", "2")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert all(Path(file).exists() for file in figures["files"]) and figures["tokens"] == [64, 16]
+    done = script("lora.py", *common, "--steps", "2", "--rank", "4")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert set(figures["scores"]) == {"base", "aligned", "+ LoRA"}
+    picture = tmp_path / "x.png"
+    done = script(
+        "sample.py",
+        "--model",
+        figures["files"][0],
+        "--out",
+        str(picture),
+        "--steps",
+        "2",
+    )
+    assert done.returncode == 0 and picture.exists(), done.stderr
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["align.py", "--data", "no/such/folder"], "no/such/folder"),
+        (["align.py", "--resolution", "100"], "no multiple of"),
+        (["align.py", "--model", "flux-tuy"], "flux-tuy"),
+        (["align.py", "--scenes", "10"], "at least"),
+        (["lora.py", "--out", "no/run/here"], "align.py"),
+        (
+            ["lora.py", "--aligned", "models/toy/flux.safetensors"],
+            "no file of align.py",
+        ),
+    ],
+)
+def test_a_users_mistake_is_one_sentence_and_exit_code_2(args, words):
+    done = script(*args)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and words in errors[0], done.stderr
+    assert "Traceback" not in done.stderr
