@@ -167,6 +167,16 @@ def test_the_middle_of_a_picture_of_the_right_size_keeps_every_pixel(tmp_path):
     assert torch.equal(images[2], images[0])
 
 
+def test_a_size_is_height_then_width(tmp_path):
+    rows = np.repeat([0, 255, 0], 16)[:, None].repeat(
+        32, 1
+    )  # dark, bright, dark from top to bottom
+    Image.fromarray(rows.astype(np.uint8)).save(tmp_path / "rows.png")
+    image = open_image(tmp_path / "rows.png", (8, 16))  # the middle third, reduced twice
+    assert image.shape == (3, 8, 16)
+    assert (image[:, 1:-1] == 1).all()
+
+
 def test_reducing_averages_instead_of_picking_pixels(tmp_path):
     stripes = np.tile([0, 255], (64, 64))
     ramp = np.tile(np.linspace(0, 255, 64), (64, 1))
