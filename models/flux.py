@@ -1,15 +1,18 @@
-"""FLUX: a transformer that reads a noisy picture and a text, and returns the velocity from picture to noise.
+"""FLUX: a transformer from a noisy picture and a text to the velocity from picture to noise.
 
-What    19 double blocks (text and image tokens have their own weights and meet in one attention), then
-        38 single blocks (one stream, attention and MLP in parallel). Rotary positions, adaptive LayerNorm.
+What    19 double blocks (text and image tokens have their own weights and meet in one attention),
+        then 38 single blocks (one stream, attention and MLP in parallel). Rotary positions,
+        adaptive LayerNorm.
 Base    16 latent channels in 2x2 patches: 64 numbers a token, 4,096 tokens at 1024 x 1024.
-DC-Gen  32 or 128 latent channels, one token a latent pixel: the same class with other `in_channels`. Only
-        `img_in` and `final_layer.linear` change shape; everything between them is the base's.
-Names   Tensors are named as in Black Forest Labs' single files; diffusers' names are mapped below.
-Source  github.com/black-forest-labs/flux (Apache 2.0), written anew from its names, shapes and numbers.
+DC-Gen  32 or 128 latent channels, one token a latent pixel: the same class with other
+        `in_channels`. Only `img_in` and `final_layer.linear` change shape; all between them is
+        the base's.
+Names   Tensors are named as in Black Forest Labs' single files; diffusers' are mapped below.
+Source  github.com/black-forest-labs/flux (Apache 2.0), written anew from its names, shapes and
+        numbers.
 
-Shapes: B batch, N image tokens, L text tokens, C latent channels, D width, h w latent grid, p patch,
-nh hd heads and their width.
+Shapes: B batch, N image tokens, L text tokens, C latent channels, D width, h w latent grid,
+p patch, nh hd heads and their width.
 """
 
 import math
@@ -44,7 +47,7 @@ def sinusoid(value: Tensor) -> Tensor:
 def rope_table(
     text_length: int, grid: tuple[int, int], axes: list[int], stride: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(L + N, 1, hd) each: cos and sin of the angles id * theta^(-2j / axis), as `rotate` wants them.
+    """(L + N, 1, hd) each: cos and sin of id * theta^(-2j / axis), as `rotate` wants them.
 
     A token has three ids: (0, row, col) for the image, (0, 0, 0) for text. A token that covers
     `stride` x `stride` tokens of the base sits at their centre.
@@ -87,7 +90,7 @@ class MLPEmbedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """adaLN: the condition gives (shift, scale, gate), each (B, 1, D), for each of `parts` branches."""
+    """adaLN: condition -> (shift, scale, gate), each (B, 1, D), for each of `parts` branches."""
 
     def __init__(self, width: int, parts: int):
         super().__init__()

@@ -1,16 +1,16 @@
-"""SANA: a transformer whose self-attention is linear in the number of tokens, one token a latent pixel.
+"""SANA: a transformer with self-attention linear in the tokens, one token a latent pixel.
 
-What    20 blocks (1.6B) of linear self-attention, cross-attention to the text, and a convolutional MLP.
-Why     Without a softmax, (q k^T) v = q (k^T v): the N x N matrix of scores is never formed. What is
-        lost in precision of attention, a 3x3 depthwise convolution in the MLP gives back; it also
-        tells positions apart, so that 512 and 1024 pixels need no positional embedding.
+What    20 blocks (1.6B): linear self-attention, cross-attention to the text, convolutional MLP.
+Why     Without a softmax, (q k^T) v = q (k^T v): the N x N matrix of scores is never formed. What
+        that loses in precision, a 3x3 depthwise convolution in the MLP gives back; it also tells
+        positions apart, so that 512 and 1024 pixels need no positional embedding.
 Latents 32 channels at f32 (DC-AE); DC-Gen-SANA: 128 channels at f64, the same class.
 Names   Tensors are named as in NVlabs' .pth files; diffusers' names are mapped below.
 Source  SANA, arXiv 2410.10629, and SANA-1.5, arXiv 2501.18427 (normalised q and k);
         github.com/NVlabs/Sana (Apache 2.0), written anew from its names, shapes and numbers.
 
-Shapes: B batch, N image tokens, L text tokens, C latent channels, D width, h w latent grid, p patch,
-nh hd heads and their width.
+Shapes: B batch, N image tokens, L text tokens, C latent channels, D width, h w latent grid,
+p patch, nh hd heads and their width.
 """
 
 import math
@@ -72,7 +72,7 @@ def sinusoid(value: Tensor) -> Tensor:
 def position_table(
     grid: tuple[int, int], dim: int, base_size: int, scale: float, device: torch.device
 ) -> Tensor:
-    """(N, D): sin and cos of the column in the first half of the channels, of the row in the second.
+    """(N, D): sin and cos of the column in the first half of D, of the row in the second.
 
     Any grid is stretched over base_size / scale positions a side. 2K and 4K models only.
     """

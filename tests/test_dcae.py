@@ -1,4 +1,4 @@
-"""Why believe dcae.py: the reference's numbers and names, and what must hold by construction."""
+"""Why believe dcae.py: the reference's numbers and names, and what holds by construction."""
 
 import json
 import sys
@@ -6,22 +6,18 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import reference
 import torch
 from PIL import Image
-from safetensors import safe_open
+from reference import error, official_shapes, weights_of
 from safetensors.torch import save_file
 from torch import Tensor
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 import dcae
 from dcae import DCAE, PRESETS, name_rows, pad_to_multiple, psnr, ssim, tiled_decode, tiled_encode
 from models.data import open_image
 from models.weights import Checkpoint, UserError, build, check, run, save
 
-GOLDEN = ROOT / "tests" / "golden"
-REFERENCE = ROOT.parent / "shared" / "reference"
 CASES = [
     f"dcae_tiny_{s}_{f}" for s in ("sana", "v15", "mix", "lite") for f in ("dcai", "diffusers")
 ]
@@ -56,30 +52,16 @@ TINY = {  # f8: every kind of stage, two heads, both norms
 
 def golden(name: str) -> tuple[dict[str, Tensor], dict]:
     """The tensors of a reference case and its config in diffusers' words."""
-    for folder in (GOLDEN, REFERENCE / "golden"):
-        path = folder / f"{name}.safetensors"
-        if path.exists():
-            with safe_open(path, "pt") as file:
-                config = json.loads(file.metadata()["config"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            if "dotlist" in config:
-                config = golden(name.replace("_dcai", "_diffusers"))[1]
-            return tensors, config
-    pytest.skip(f"{name} is neither in tests/golden nor in {REFERENCE / 'golden'}")
-
-
-def weights_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix("weight/"): v for k, v in tensors.items() if k.startswith("weight/")}
+    tensors, metadata = reference.golden(name)
+    config = json.loads(metadata["config"])
+    if "dotlist" in config:  # dc-ai's words; diffusers' file holds the same model
+        config = golden(name.replace("_dcai", "_diffusers"))[1]
+    return tensors, config
 
 
 def load(tensors: dict[str, Tensor], config: dict, folder: Path) -> DCAE:
     save_file(tensors, folder / "model.safetensors")
     return DCAE.from_pretrained(folder / "model.safetensors", config=config)
-
-
-def error(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape, f"{ours.shape} is not {theirs.shape}"
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 @torch.no_grad()
@@ -183,10 +165,7 @@ def test_presets_have_the_official_number_of_parameters(preset):
 @pytest.mark.parametrize("names", ["dcai", "diffusers"])
 @pytest.mark.parametrize("preset", PARAMETERS)
 def test_full_size_names_and_shapes_map_both_ways(preset, names):
-    path = REFERENCE / "keys" / f"dcae-{preset}-{names}.json"
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    shapes = {name: tuple(shape) for name, shape in json.loads(path.read_text()).items()}
+    shapes, path = official_shapes(f"dcae-{preset}-{names}"), Path("official")
     model = build(DCAE, PRESETS[f"dc-ae-{preset}"]["config"], path)
     checkpoint = Checkpoint(path, None, {}, shapes, {})
     rows = name_rows(model, checkpoint)
@@ -197,7 +176,7 @@ def test_full_size_names_and_shapes_map_both_ways(preset, names):
 
 
 def test_presets_are_the_official_configs():
-    path = REFERENCE / "configs.json"
+    path = reference.SHARED / "configs.json"
     if not path.exists():
         pytest.skip(f"{path} is not here")
     for key, entry in json.loads(path.read_text())["dcae"].items():

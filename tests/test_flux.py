@@ -1,24 +1,18 @@
-"""Why believe models/flux.py: the reference's numbers and names, and what must hold by construction."""
+"""Why believe models/flux.py: the reference's numbers and names, and what holds by construction."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from reference import error, golden, official_shapes, weights_of
 from safetensors.torch import save_file
 from torch import Tensor
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 from models import flux
 from models.flux import Flux
 from models.weights import UserError
 
-GOLDEN = ROOT / "tests" / "golden"
-REFERENCE = ROOT.parent / "shared" / "reference"
 CASES = [
     "flux_tiny_bfl",
     "flux_tiny_diffusers",
@@ -37,15 +31,6 @@ TINY = {
     "guidance_embeds": True,
     "axes_dims_rope": [4, 6, 6],
 }
-
-
-def golden(name: str) -> tuple[dict[str, Tensor], dict]:
-    for folder in (GOLDEN, REFERENCE / "golden"):
-        path = folder / f"{name}.safetensors"
-        if path.exists():
-            with safe_open(path, "pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
-    pytest.skip(f"{name} is neither in tests/golden nor in {REFERENCE / 'golden'}")
 
 
 def golden_config(name: str, metadata: dict) -> dict:
@@ -68,8 +53,8 @@ def golden_config(name: str, metadata: dict) -> dict:
 
 def golden_model(name: str, folder: Path, prefix: str = "") -> tuple[Flux, dict[str, Tensor]]:
     tensors, metadata = golden(name)
-    weights = {key.removeprefix("weight/"): t for key, t in tensors.items() if "weight/" in key}
-    save_file({prefix + key: tensor for key, tensor in weights.items()}, folder / "w.safetensors")
+    named = {prefix + key: tensor for key, tensor in weights_of(tensors).items()}
+    save_file(named, folder / "w.safetensors")
     config = golden_config(name, metadata)
     return Flux.from_pretrained(folder / "w.safetensors", config=config), tensors
 
@@ -101,12 +86,6 @@ def unpack(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
             top, left = row * patch, col * patch
             out[:, :, top : top + patch, left : left + patch] = token
     return out
-
-
-def error(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
-    assert torch.isfinite(ours).all()
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def golden_error(model: Flux, tensors: dict[str, Tensor]) -> float:
@@ -346,10 +325,7 @@ def test_a_wrong_norm_eps_is_caught(norm, tmp_path, monkeypatch):
     ],
 )
 def test_preset_has_the_official_names_and_shapes(preset, keys):
-    path = REFERENCE / "keys" / f"{keys}.json"
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
-    official = {name: tuple(shape) for name, shape in json.loads(path.read_text()).items()}
+    official = official_shapes(keys)
     if preset == "flux-schnell":  # dev without its guidance embedding
         official = {name: shape for name, shape in official.items() if "guidance" not in name}
     config = flux.PRESETS[preset]["config"]

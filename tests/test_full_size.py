@@ -1,4 +1,4 @@
-"""The 12B model at full size: needs a GPU. `python -m pytest tests/test_full_size.py -s` prints times."""
+"""The 12B model at full size, on a GPU: python -m pytest -s tests/test_full_size.py for times."""
 
 import json
 import time

@@ -7,12 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
+from reference import error, golden, weights_of
 from safetensors.torch import save_file
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 from test_text import VOCABULARY, tiny_flux_text, tiny_sana_text
 
 import dcae
@@ -24,21 +20,11 @@ from models.sana import Sana
 from models.text import ToyText
 from models.vae import FluxVAE
 
-GOLDEN = ROOT / "tests" / "golden"
 
-
-def golden(name: str) -> tuple[dict, dict]:
-    for folder in (GOLDEN, ROOT.parent / "shared" / "reference" / "golden"):
-        if (folder / f"{name}.safetensors").exists():
-            with safe_open(folder / f"{name}.safetensors", "pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
-    pytest.skip(f"{name} is not in tests/golden, nor is the reference folder here")
-
-
-def assert_close(ours: torch.Tensor, theirs: torch.Tensor, relative: float = 5e-5) -> None:
-    error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
-    print(f"relative error {error:.1e}")
-    assert ours.shape == theirs.shape and error <= relative, error
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 5e-5) -> None:
+    relative = error(ours, theirs)
+    print(f"relative error {relative:.1e}")
+    assert relative <= tolerance
 
 
 # ---- parity
@@ -111,8 +97,7 @@ def test_every_whole_timestep_is_the_references():
 
 def golden_model(cls: type, name: str, folder: Path) -> tuple[torch.nn.Module, dict, dict]:
     tensors, meta = golden(name)
-    named = {key.removeprefix("weight/"): t for key, t in tensors.items() if "weight/" in key}
-    save_file(named, folder / "w.safetensors")
+    save_file(weights_of(tensors), folder / "w.safetensors")
     model = cls.from_pretrained(folder / "w.safetensors", config=json.loads(meta["config"]))
     return model, tensors, json.loads(meta["extra"])["e2e"]
 

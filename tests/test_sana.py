@@ -1,24 +1,18 @@
-"""Why believe models/sana.py: the reference's numbers and names, and what must hold by construction."""
+"""Why believe models/sana.py: the reference's numbers and names, and what holds by construction."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from reference import error, golden, official_shapes, weights_of
 from safetensors.torch import save_file
 from torch import Tensor
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 from models import sana
 from models.sana import Sana
 from models.weights import UserError
 
-GOLDEN = ROOT / "tests" / "golden"
-REFERENCE = ROOT.parent / "shared" / "reference"
 CASES = [
     "sana_tiny_original",
     "sana_tiny_diffusers",
@@ -39,15 +33,6 @@ TINY = {
     "mlp_ratio": 2.5,
     "sample_size": 8,
 }
-
-
-def golden(name: str) -> tuple[dict[str, Tensor], dict]:
-    for folder in (GOLDEN, REFERENCE / "golden"):
-        path = folder / f"{name}.safetensors"
-        if path.exists():
-            with safe_open(path, "pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
-    pytest.skip(f"{name} is neither in tests/golden nor in {REFERENCE / 'golden'}")
 
 
 def golden_config(metadata: dict) -> dict:
@@ -74,7 +59,7 @@ def golden_config(metadata: dict) -> dict:
 def golden_model(name: str, folder: Path) -> tuple[Sana, dict[str, Tensor]]:
     """NVlabs names come in a .pth, as they do on the hub."""
     tensors, metadata = golden(name)
-    weights = {key.removeprefix("weight/"): t for key, t in tensors.items() if "weight/" in key}
+    weights = weights_of(tensors)
     path = folder / ("w.pth" if metadata["kind"] == "sana_orig" else "w.safetensors")
     if path.suffix == ".pth":
         torch.save({"state_dict": weights}, path)
@@ -94,12 +79,6 @@ def golden_inputs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         "text": text[:, 0] if text.ndim == 4 else text,  # NVlabs: (B, 1, L, 2304)
         "text_mask": first("encoder_attention_mask", "mask").bool(),
     }
-
-
-def error(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
-    assert torch.isfinite(ours).all()
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def run(model: Sana, inputs: dict) -> Tensor:
@@ -349,10 +328,7 @@ def test_a_wrong_norm_eps_is_caught(layers, norm, tmp_path):
     ],
 )
 def test_preset_has_the_official_names_and_shapes(preset, keys):
-    path = REFERENCE / "keys" / f"{keys}.json"
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
-    official = {name: tuple(shape) for name, shape in json.loads(path.read_text()).items()}
+    official = official_shapes(keys)
     with torch.device("meta"):
         ours = Sana(**sana.PRESETS[preset]["config"]).state_dict()
     used = []
@@ -376,11 +352,8 @@ def test_preset_has_the_official_names_and_shapes(preset, keys):
     ],
 )
 def test_an_original_file_tells_its_preset(preset, keys, side):
-    path = REFERENCE / "keys" / f"{keys}.json"
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
-    official = json.loads(path.read_text())
-    official["pos_embed"][1] = side * side
+    official = official_shapes(keys)
+    official["pos_embed"] = (1, side * side, official["pos_embed"][2])
     with torch.device("meta"):
         told = Sana(**sana.told_by_names(official)).config
         assert told == Sana(**sana.PRESETS[preset]["config"]).config

@@ -1,13 +1,10 @@
 """Why believe models/text.py."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from models import text, weights
 from models.text import ToyText

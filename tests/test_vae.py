@@ -1,24 +1,19 @@
-"""Why believe models/vae.py: the reference's numbers and names, and what must hold by construction."""
+"""Why believe models/vae.py: the reference's numbers and names, and what holds by construction."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+import reference
 import torch
-from safetensors import safe_open
+from reference import error, official_shapes, weights_of
 from safetensors.torch import save_file
 from torch import Tensor, nn
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 from dcae import tiled_decode
 from models.vae import PRESETS, FluxVAE, name_rows
 from models.weights import Checkpoint, UserError, build, check
 
-GOLDEN = ROOT / "tests" / "golden"
-REFERENCE = ROOT.parent / "shared" / "reference"
 MINI = "flux_vae_mini_diffusers"
 TINY = {
     "block_out_channels": [8, 8, 16, 12],
@@ -30,30 +25,16 @@ TINY = {
 
 def golden(name: str) -> tuple[dict[str, Tensor], dict]:
     """The tensors of a reference case and its config in diffusers' words."""
-    for folder in (GOLDEN, REFERENCE / "golden"):
-        path = folder / f"{name}.safetensors"
-        if path.exists():
-            with safe_open(path, "pt") as file:
-                config = json.loads(file.metadata()["config"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            if "ch_mult" in config:
-                config = golden(name.replace("_bfl", "_diffusers"))[1]
-            return tensors, config
-    pytest.skip(f"{name} is neither in tests/golden nor in {REFERENCE / 'golden'}")
-
-
-def weights_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix("weight/"): v for k, v in tensors.items() if k.startswith("weight/")}
+    tensors, metadata = reference.golden(name)
+    config = json.loads(metadata["config"])
+    if "ch_mult" in config:  # BFL's words; diffusers' file holds the same model
+        config = golden(name.replace("_bfl", "_diffusers"))[1]
+    return tensors, config
 
 
 def load(tensors: dict[str, Tensor], config: dict, folder: Path) -> FluxVAE:
     save_file(tensors, folder / "ae.safetensors")
     return FluxVAE.from_pretrained(folder / "ae.safetensors", config=config)
-
-
-def error(ours: Tensor, theirs: Tensor) -> float:
-    assert ours.shape == theirs.shape, f"{ours.shape} is not {theirs.shape}"
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 @torch.no_grad()
@@ -116,10 +97,7 @@ def test_a_random_model_saved_by_diffusers_gives_diffusers_images(attention, tmp
 
 @pytest.mark.parametrize("names", ["bfl", "diffusers"])
 def test_full_size_names_and_shapes_map_both_ways(names):
-    path = REFERENCE / "keys" / f"flux-vae-{names}.json"
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    shapes = {name: tuple(shape) for name, shape in json.loads(path.read_text()).items()}
+    shapes, path = official_shapes(f"flux-vae-{names}"), Path("official")
     model = build(FluxVAE, PRESETS["flux-vae"]["config"], path)
     checkpoint = Checkpoint(path, None, {}, shapes, {})
     rows = name_rows(model, checkpoint)

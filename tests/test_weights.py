@@ -1,4 +1,4 @@
-"""Why believe models/weights.py: what must load does, and what must not is refused in a sentence."""
+"""Why believe models/weights.py: what must load does, the rest is refused in a sentence."""
 
 import json
 import os
@@ -14,11 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 from models import weights
-from models.weights import UserError, assign, build, open_checkpoint, open_model, save
+from models.weights import ROOT, UserError, assign, build, open_checkpoint, open_model, save
 
 
 class Tiny(nn.Module):
