@@ -591,14 +591,10 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     return F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
-def save_image(image: Tensor, path: Path) -> None:
-    """(3, H, W) in [-1, 1] to a PNG."""
-    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().byte()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be written ({error}): pass --out picture.png") from None
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] -> a picture."""
+    pixels = (image.float().clamp(-1, 1) + 1) * 127.5
+    return Image.fromarray(pixels.round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 @torch.no_grad()
@@ -622,7 +618,12 @@ def main() -> None:
     if not decoded.isfinite().all():
         raise UserError(f"the reconstruction overflows in {config.dtype}: pass --dtype fp32")
     difference = 4 * (decoded - image).abs() - 1  # black where equal
-    save_image(torch.cat([image, decoded, difference], -1)[0], Path(config.out))
+    out = Path(config.out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        to_pil(torch.cat([image, decoded, difference], -1)[0]).save(out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out} cannot be written ({error}): pass --out picture.png") from None
 
     figures = {
         "psnr": round(psnr(image, decoded), 2),

@@ -17,7 +17,8 @@ Source  FLUX.1 (mu of the token count), DC-Gen arXiv 2509.25180, SANA arXiv 2410
 Differs Sizes that the latent grid cannot hold are padded and cropped back, where diffusers rounds.
         Noise is drawn on the CPU, one generator a picture: a seed here is another seed there.
 
---model is a name, a diffusers pipeline folder, the weights of a transformer, or a run of ours.
+--model is a name, a diffusers pipeline (folder or hub id), the weights of a transformer, or a run
+of ours.
 """
 
 import json
@@ -41,13 +42,13 @@ from models.weights import UserError
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "flux-toy"  # a name in MODELS or a path
+    model: str = "flux-toy"  # a name (below), a hub id or a path
     prompt: str = "a red circle left of a blue square"
     prompts: str = ""  # a .txt (a prompt a line) or .jsonl file ("prompt", perhaps "seed") instead
     negative_prompt: str = ""  # SANA only: what to steer away from
-    size: str = ""  # pixels, WxH; any: padded to the latent grid and cropped back
-    steps: int = 0  # 0: the model's own
-    guidance: float = -1.0  # -1: the model's own
+    size: str = ""  # WxH in pixels, any; "": the model's own
+    steps: int | None = None  # the model's own unless given
+    guidance: float | None = None  # the model's own unless given
     seed: int = 0  # of the first picture of a prompt; the next one has seed + 1
     n: int = 1  # pictures a prompt
     batch_size: int = 1  # 1: a picture is the same, to the bit, alone or among others
@@ -57,7 +58,7 @@ class Config:
     out: str = "samples"  # a folder; or one .png
     from_: str = ""  # a PNG to repeat, or the .latents.safetensors of a decode that failed
     device: str = ""  # "": cuda, then mps, then cpu
-    dtype: str = ""  # of the weights: float32 on the CPU and for toys, else bfloat16
+    dtype: str = ""  # of the weights: fp32, bf16, fp16; "": fp32 on the CPU and for toys, else bf16
 
 
 HERE = ("out", "weights", "text_cache", "from_")  # belong to a machine, not to a recipe
@@ -192,22 +193,20 @@ def predict(
 
 # ---- model
 
-TOY = dict(repo="text-toy", text="toy", schedule="flux", solver="euler", steps=16, guidance=3.0)
+TOY = dict(text="toy", repo="text-toy", schedule="flux", solver="euler", steps=16, guidance=2.0)
 FLUX = dict(text="flux", schedule="flux", solver="euler", steps=28, guidance=3.5, size=1024)
-SCHNELL = dict(FLUX, text="schnell", schedule="schnell", steps=4)
 DC_GEN = dict(FLUX, steps=20)
 SANA = dict(text="sana", schedule="sana-dpm", shift=3.0, solver="dpm", steps=20, guidance=4.5)
-BFL = "black-forest-labs/FLUX.1-"
 SANA_1K = "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
-# `repo` has the text encoders and, unless `autoencoder` names another, the autoencoder: by default
-# it is the transformer's own, a diffusers pipeline.
+# `repo` has the text encoders, and the autoencoder unless that is named: it is the hub's pipeline
+# with the transformer, unless it is named too. `shift` replaces the ratio r of the schedule.
 MODELS = {
-    "flux-toy": dict(TOY, size=128, autoencoder="flux-vae-toy"),
-    "dc-gen-toy": dict(TOY, size=128, autoencoder="dc-ae-f32c32-toy"),
-    "dc-gen-toy-f64": dict(TOY, size=128, autoencoder="dc-ae-f64c128-toy"),
-    "flux-dev": dict(FLUX, repo=BFL + "dev", autoencoder="flux-vae"),
-    "flux-krea": dict(FLUX, repo=BFL + "Krea-dev", autoencoder="flux-vae", guidance=4.5),
-    "flux-schnell": dict(SCHNELL, repo=BFL + "schnell", autoencoder="flux-vae"),
+    "flux-toy": dict(TOY, size=128, autoencoder="flux-vae-toy", shift=4.0),
+    "dc-gen-toy": dict(TOY, size=128, autoencoder="dc-ae-f32c32-toy", shift=2.0),
+    "dc-gen-toy-f64": dict(TOY, size=128, autoencoder="dc-ae-f64c128-toy", shift=2.0),
+    "flux-dev": FLUX,
+    "flux-krea": dict(FLUX, guidance=4.5),
+    "flux-schnell": dict(FLUX, text="schnell", schedule="schnell", steps=4),
     "dc-gen-flux-1k": dict(DC_GEN, schedule="dc-gen-1k"),
     "dc-gen-flux-4k": dict(DC_GEN, size=4096),
     "sana-0.6b-512": dict(SANA, size=512),
@@ -224,35 +223,40 @@ MODELS = {
 def describe(model: str, autoencoder: str = "") -> dict:
     """All that is to know of a model but its weights: a row of MODELS plus where the parts are."""
     path = Path(model)
-    if (path / "model_index.json").exists():
-        spec = describe_pipeline(path)
-    elif path.exists():
-        spec = describe_weights(path)
+    if path.exists():
+        is_pipeline = (path / "model_index.json").exists()
+        spec = describe_pipeline(path, model) if is_pipeline else describe_weights(path)
     elif model in MODELS:
         repo = (flux.PRESETS | sana.PRESETS)[model].get("hub", "")
         spec = {"transformer": model, "repo": repo, "autoencoder": repo} | MODELS[model]
+    elif weights.is_hub_id(model):
+        about = ["model_index.json", "transformer/config.json", "scheduler/*.json"]
+        spec = describe_pipeline(weights.download(model, about), model)
     else:
         names = ", ".join(MODELS)
         raise UserError(f"--model {model!r} is no file, no folder and no name; names: {names}")
     return spec | ({"autoencoder": autoencoder} if autoencoder else {})
 
 
-def describe_pipeline(folder: Path) -> dict:
+# What a scheduler may say of itself to be one of ours; a word not listed here does not matter.
+STANDARD = dict(
+    algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", thresholding=False,
+    prediction_type="flow_prediction", final_sigmas_type="zero", euler_at_final=False,
+    use_flow_sigmas=True, use_lu_lambdas=False, use_karras_sigmas=False, use_beta_sigmas=False,
+    use_exponential_sigmas=False, stochastic_sampling=False, invert_sigmas=False,
+    shift_terminal=None, num_train_timesteps=1000, time_shift_type="exponential",
+    base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
+)  # fmt: skip
+
+
+def describe_pipeline(folder: Path, source: str) -> dict:
     """A diffusers pipeline; its scheduler must be one of ours: another makes other pictures."""
     network = weights.read_json(folder / "transformer" / "config.json")
     scheduler = weights.read_json(folder / "scheduler" / "scheduler_config.json")
-    standard = dict(
-        algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", thresholding=False,
-        prediction_type="flow_prediction", final_sigmas_type="zero", euler_at_final=False,
-        use_flow_sigmas=True, use_lu_lambdas=False, use_karras_sigmas=False, use_beta_sigmas=False,
-        use_exponential_sigmas=False, stochastic_sampling=False, invert_sigmas=False,
-        shift_terminal=None, num_train_timesteps=1000, time_shift_type="exponential",
-        base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
-    )  # fmt: skip
-    odd = [f"{k}={v}" for k, v in scheduler.items() if k in standard and v != standard[k]]
-    kinds = (network.get("_class_name"), scheduler.get("_class_name"))
+    odd = [f"{k}={v}" for k, v in scheduler.items() if STANDARD.get(k, v) != v]
     dynamic = scheduler.get("use_dynamic_shifting")
-    parts = dict.fromkeys(("transformer", "repo", "autoencoder"), str(folder))
+    kinds = (network.get("_class_name"), scheduler.get("_class_name"))
+    parts = dict.fromkeys(("transformer", "repo", "autoencoder"), source)
     if kinds[0] == "SanaTransformer2DModel" and not odd and not dynamic:
         stride = 64 if network["in_channels"] == 128 else 32
         spec = dict(SANA, **parts, size=stride * network["sample_size"])
@@ -262,11 +266,11 @@ def describe_pipeline(folder: Path) -> dict:
             return dict(spec, schedule="sana-euler", solver="euler", shift=scheduler["shift"])
     if kinds == ("FluxTransformer2DModel", "FlowMatchEulerDiscreteScheduler") and not odd:
         spec = describe_flux(network["in_channels"], network["guidance_embeds"]) | parts
-        spec["text"] = "flux"  # 512 tokens, as the pipeline has it for schnell too
         if spec["schedule"] == "dc-gen-1k":  # whatever its scheduler says
             return spec
-        return dict(spec, schedule="flux", shift=None if dynamic else scheduler["shift"])
-    raise UserError(f"{folder}: {kinds[0]} with {kinds[1]} ({', '.join(odd)}) is not known here")
+        shift = None if dynamic else scheduler["shift"]
+        return dict(spec, text="flux", schedule="flux", shift=shift)  # 512 tokens, schnell too
+    raise UserError(f"{source}: {kinds[0]} with {kinds[1]} ({', '.join(odd)}) is not known here")
 
 
 def describe_flux(in_channels: int, guidance: bool) -> dict:
@@ -276,19 +280,21 @@ def describe_flux(in_channels: int, guidance: bool) -> dict:
 
 
 def describe_weights(path: Path) -> dict:
-    """A transformer's weights alone, or a run of ours, whose header names base and autoencoder."""
+    """A run of ours, whose header names base and autoencoder, or a transformer's weights alone."""
     checkpoint = weights.open_checkpoint(path, "transformer")
+    here = {"transformer": str(path)}
     if checkpoint.is_run:
-        spec = describe(checkpoint.metadata["base"])
-        spec |= {"transformer": str(path), "autoencoder": checkpoint.metadata["autoencoder"]}
-        if spec["text"] == "flux" and (checkpoint.config or {}).get("in_channels") == 32:
-            spec["schedule"] = "dc-gen-1k"
-        return spec
-    guidance = any("guidance" in name for name in checkpoint.shapes)
+        notes = checkpoint.metadata
+        spec = describe(notes["base"]) | here | {"autoencoder": notes["autoencoder"]}
+        return spec | ({"shift": float(notes["shift"])} if "shift" in notes else {})
     for name, shape in checkpoint.shapes.items():
         if name.endswith(("img_in.weight", "x_embedder.weight")):  # FLUX: BFL's name, diffusers'
-            return describe_flux(shape[1], guidance) | {"transformer": str(path)}
-    return describe("sana-1.6b") | {"transformer": str(path)}
+            guidance = any("guidance" in other for other in checkpoint.shapes)
+            return describe_flux(shape[1], guidance) | here
+    told = checkpoint.config or sana.told_by_names(checkpoint.shapes) or {}
+    fits = {k: p["config"] for k, p in sana.PRESETS.items() if p["config"].items() <= told.items()}
+    closest = max(fits, key=lambda name: len(fits[name]), default="sana-1.6b")
+    return describe(closest) | here
 
 
 def load_pipeline(
@@ -300,8 +306,8 @@ def load_pipeline(
 ) -> tuple[dict, nn.Module, nn.Module]:
     """(what `describe` says, transformer, autoencoder). Encode text first: it needs the room."""
     spec = describe(model, autoencoder)
-    cls, where = sana.Sana if spec["text"] == "sana" else flux.Flux, folder or None
-    transformer = cls.from_pretrained(spec["transformer"], device, dtype, weights=where)
+    cls = sana.Sana if spec["text"] == "sana" else flux.Flux
+    transformer = cls.from_pretrained(spec["transformer"], device, dtype, weights=folder or None)
     decoder = load_autoencoder(spec["autoencoder"], folder, device, dtype)
     if transformer.latent_channels != decoder.latent_channels:
         raise UserError(
@@ -316,14 +322,13 @@ def load_autoencoder(
     source: str, folder: str, device: str | torch.device, dtype: torch.dtype
 ) -> nn.Module:
     """A DCAE or a FluxVAE: the tensor names tell which."""
-    where, presets = folder or None, dcae.PRESETS | vae.PRESETS
-    path, _ = weights.locate(source, presets, where, "vae")
+    path, _ = weights.locate(source, dcae.PRESETS | vae.PRESETS, folder or None, "vae")
     names = weights.open_checkpoint(path, "vae").shapes
     is_vae = any(re.match(r"encoder\.(down\.0\.block|down_blocks\.0\.resnets)\.", n) for n in names)
     cls = vae.FluxVAE if is_vae else dcae.DCAE
     # fp16 ends at 65504, and activations of these decoders pass it.
     dtype = torch.float32 if dtype == torch.float16 else dtype
-    return cls.from_pretrained(source, device, dtype, weights=where).eval()
+    return cls.from_pretrained(source, device, dtype, weights=folder or None)
 
 
 def encode_text(
@@ -345,16 +350,18 @@ def encode_text(
 @torch.no_grad()
 def decode(autoencoder: nn.Module, latents: Tensor) -> Tensor:
     """(B, C, h, w) -> images (B, 3, H, W) on the CPU, one by one, in tiles if memory is short."""
-    first = next(autoencoder.parameters())
+    device = next(autoencoder.parameters()).device
     images = []
-    for single in latents.to(first.device, first.dtype).split(1):
+    for single in latents.to(device).split(1):
         image = None
-        if decode_bytes(autoencoder, single) < free_bytes(first.device):
+        if decode_bytes(autoencoder, single) < free_bytes(device):
             try:
-                image = autoencoder.decode(single).float().cpu()
+                image = autoencoder.decode(single)
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
-        images.append(decode_tiled(autoencoder, single) if image is None else image)
+        if image is None:
+            image = dcae.tiled_decode(autoencoder, single)
+        images.append(image.float().cpu())
     return torch.cat(images)
 
 
@@ -363,7 +370,7 @@ def decode_bytes(autoencoder: nn.Module, latents: Tensor) -> int:
     config = autoencoder.config
     width = config.get("decoder_block_out_channels") or config["block_out_channels"]
     pixels = latents[0, 0].numel() * autoencoder.stride**2
-    return 6 * width[0] * pixels * latents.element_size()
+    return 6 * width[0] * pixels * next(autoencoder.parameters()).element_size()
 
 
 def free_bytes(device: torch.device) -> int:
@@ -371,46 +378,6 @@ def free_bytes(device: torch.device) -> int:
         return 8 * 2**30  # what a laptop can spare
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held
-
-
-def decode_tiled(
-    autoencoder: nn.Module, latents: Tensor, tile: int = 1024, step: int = 896
-) -> Tensor:
-    """Tiles of `tile` pixels every `step`, faded into each other where they overlap.
-
-    Small tiles show: DC-AE's attention sums over the whole tile, so flat skies differ from tile to
-    tile; 1024 and 896 is what SANA's authors found to be safe at 4096 x 4096.
-    """
-    f, (height, width) = autoencoder.stride, latents.shape[2:]
-    image = torch.zeros(1, 3, height * f, width * f)
-    total = torch.zeros(1, 1, height * f, width * f)
-    for top in tile_starts(height, tile // f, step // f):
-        for left in tile_starts(width, tile // f, step // f):
-            part = latents[:, :, top : top + tile // f, left : left + tile // f]
-            pixels = autoencoder.decode(part).float().cpu()
-            fade = fade_in_out(pixels.shape[2], tile - step)[:, None]
-            fade = fade * fade_in_out(pixels.shape[3], tile - step)  # (H, W) of the tile
-            bottom, right = top * f + pixels.shape[2], left * f + pixels.shape[3]
-            image[:, :, top * f : bottom, left * f : right] += fade * pixels
-            total[:, :, top * f : bottom, left * f : right] += fade
-    return image / total
-
-
-def tile_starts(length: int, tile: int, step: int) -> list[int]:
-    """The last tile ends where the latents end, so that none is thin."""
-    starts = range(0, max(length - tile, 0) + step, step)
-    return [min(start, max(length - tile, 0)) for start in starts]
-
-
-def fade_in_out(length: int, overlap: int) -> Tensor:
-    ramp = torch.arange(1, length + 1)
-    return torch.minimum(ramp, ramp.flip(0)).clamp(max=overlap) / overlap
-
-
-def to_pil(image: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] -> a picture."""
-    pixels = (image.float().clamp(-1, 1) + 1) * 127.5
-    return Image.fromarray(pixels.round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def contact_sheet(columns: dict[str, Tensor], rows: list[str]) -> Image.Image:
@@ -428,7 +395,7 @@ def contact_sheet(columns: dict[str, Tensor], rows: list[str]) -> Image.Image:
         left = margin + x * (width + 4)
         draw.text((left + 4, 6), name, "black", font)
         for y, image in enumerate(images):
-            picture = to_pil(image).resize((width, height))  # other sizes: seen at the first's
+            picture = dcae.to_pil(image).resize((width, height))  # other sizes: seen at the first's
             sheet.paste(picture, (left, line + y * (height + 4)))
     return sheet
 
@@ -438,6 +405,8 @@ def contact_sheet(columns: dict[str, Tensor], rows: list[str]) -> Image.Image:
 
 def read_jobs(config: Config) -> list[tuple[str, int]]:
     """(prompt, seed) of every picture."""
+    if config.n < 1 or config.batch_size < 1:
+        raise UserError(f"--n {config.n} --batch-size {config.batch_size}: wanted 1 or more")
     rows = [(config.prompt, config.seed)]
     if config.prompts:
         path = Path(config.prompts)
@@ -452,8 +421,8 @@ def read_jobs(config: Config) -> list[tuple[str, int]]:
             raise UserError(
                 f'{path}: every line is an object like {{"prompt": "a fox", "seed": 0}} ({error!r})'
             ) from None
-    if not rows or config.n < 1 or config.batch_size < 1:
-        raise UserError(f"--prompts has {len(rows)} prompts; they, --n and --batch-size start at 1")
+        if not rows:
+            raise UserError(f"--prompts {path} is empty: wanted a prompt a line")
     jobs = [(prompt, seed + i) for prompt, seed in rows for i in range(config.n)]
     if any(not 0 <= seed < 2**63 for _, seed in jobs):
         raise UserError(f"--seed {config.seed}: wanted 0 .. 2^63 - 1")
@@ -487,21 +456,27 @@ def crop(image: Tensor, size: tuple[int, int]) -> Tensor:
 def output_paths(out: str, jobs: list[tuple[str, int]]) -> list[Path]:
     """Named by index and seed: a prompt may hold anything."""
     folder = Path(out)
-    if folder.suffix == ".png" and len(jobs) > 1:
-        raise UserError(
-            f"--out {out} is one file and there are {len(jobs)} pictures: name a folder"
-        )
-    if folder.suffix != ".png" and folder.is_file():
-        raise UserError(f"--out {out} is a file: name a folder, or a .png")
-    names = [f"{i:04d}_seed{seed}.png" for i, (_, seed) in enumerate(jobs)]
-    paths = [folder] if folder.suffix == ".png" else [folder / name for name in names]
-    return paths
+    if folder.suffix == ".png":
+        if len(jobs) > 1:
+            raise UserError(
+                f"--out {out} is one file, there are {len(jobs)} pictures: name a folder"
+            )
+        return [folder]
+    if folder.suffix in (".jpg", ".jpeg", ".webp") or folder.is_file():
+        raise UserError(f"--out {out}: wanted a folder, or a .png, which can keep the recipe")
+    return [folder / f"{i:04d}_seed{seed}.png" for i, (_, seed) in enumerate(jobs)]
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {folder} cannot be made ({error}): name another") from None
 
 
 def read_recipe(config: Config) -> tuple[Config, Tensor | None]:
     """The config of a PNG, or of kept latents (and they), on this machine's terms."""
-    path = Path(config.from_)
-    latents = None
+    path, latents = Path(config.from_), None
     if path.suffix == ".safetensors":
         saved = weights.open_checkpoint(path)
         recipe = saved.metadata.get("recipe")
@@ -522,22 +497,17 @@ def read_recipe(config: Config) -> tuple[Config, Tensor | None]:
 
 def complete(config: Config, spec: dict, device: torch.device) -> Config:
     """Every default filled in, so that the recipe in the PNG needs none."""
-    plain = device.type != "cuda" or spec["text"] == "toy"
-    dtype = config.dtype or ("float32" if plain else "bfloat16")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"--dtype {dtype!r}: wanted float32, bfloat16 or float16")
     if config.negative_prompt and spec["text"] != "sana":
         raise UserError("--negative-prompt is for SANA: FLUX is guidance-distilled and takes none")
-    if config.steps < 0:
-        raise UserError(f"--steps {config.steps}: wanted 1 or more, or 0 for the model's own")
-    return replace(
-        config,
-        dtype=dtype,
-        device=str(device),
-        steps=config.steps or spec["steps"],
-        guidance=spec["guidance"] if config.guidance < 0 else config.guidance,
-        size=config.size or f"{spec['size']}x{spec['size']}",
-    )
+    steps = spec["steps"] if config.steps is None else config.steps
+    guidance = spec["guidance"] if config.guidance is None else config.guidance
+    if steps < 1 or not math.isfinite(guidance):
+        raise UserError(f"--steps {steps} --guidance {guidance}: wanted 1 or more, and a number")
+    plain = device.type != "cuda" or spec["text"] == "toy"
+    dtype = config.dtype or ("fp32" if plain else "bf16")
+    size = config.size or f"{spec['size']}x{spec['size']}"
+    filled = {"device": str(device), "dtype": dtype, "steps": steps, "guidance": guidance}
+    return replace(config, **filled, size=size)
 
 
 def write_recipe(config: Config, prompt: str, seed: int) -> str:
@@ -552,43 +522,42 @@ def save_pictures(
     jobs: list[tuple[str, int]],
     paths: list[Path],
 ) -> None:
-    """Decode, crop, write. Latents took minutes to make: they are kept if the decoder fails."""
+    """Decode, crop, write. Latents took minutes to make: they are kept if that fails."""
     if not torch.isfinite(latents).all():
-        raise UserError("the latents hold NaN or Inf: this model needs --dtype bfloat16 or float32")
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
+        raise UserError(f"the latents hold NaN or Inf in {config.dtype}: try --dtype bf16 or fp32")
     for single, (prompt, seed), path in zip(latents.split(1), jobs, paths):
-        recipe = write_recipe(config, prompt, seed)
+        notes = PngImagePlugin.PngInfo()
+        notes.add_text("recipe", write_recipe(config, prompt, seed))
+        notes.add_text("Software", f"torch {torch.__version__}")
         try:
             (image,) = decode(autoencoder, single)
-        except RuntimeError as error:  # out of memory, on any device
+            dcae.to_pil(crop(image, parse_size(config.size))).save(path, pnginfo=notes)
+        except (RuntimeError, OSError) as error:  # no memory, on any device; no room on the disk
             kept = path.with_suffix(".latents.safetensors")
-            weights.save(kept, {"latents": single}, {"recipe": recipe})
+            weights.save(kept, {"latents": single}, {"recipe": write_recipe(config, prompt, seed)})
             reason = str(error).split("\n")[0]
             raise UserError(
                 f"decoding failed ({reason}); the latents are in {kept}: "
                 f"python sample.py --from {kept} decodes them, with --device cpu if need be"
             ) from error
-        notes = PngImagePlugin.PngInfo()
-        notes.add_text("recipe", recipe)
-        notes.add_text("Software", f"torch {torch.__version__}")
-        to_pil(crop(image, parse_size(config.size))).save(path, pnginfo=notes)
+
+
+def decode_kept(config: Config, latents: Tensor) -> None:
+    """`--from x.latents.safetensors`: the end of a run whose decoder failed."""
+    device, dtype = weights.pick_device(config.device), weights.pick_dtype(config.dtype)
+    source = describe(config.model, config.autoencoder)["autoencoder"]
+    autoencoder = load_autoencoder(source, config.weights, device, dtype)
+    jobs = [(config.prompt, config.seed)]
+    (path,) = paths = output_paths(config.out, jobs)
+    make_folder(path.parent)
+    save_pictures(autoencoder, latents, config, jobs, paths)
+    print(json.dumps({"stage": "decode", "files": [str(path)]}))
 
 
 def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def decode_kept(config: Config, latents: Tensor) -> None:
-    """`--from x.latents.safetensors`: the end of a run whose decoder failed."""
-    device = weights.pick_device(config.device)
-    source = describe(config.model, config.autoencoder)["autoencoder"]
-    autoencoder = load_autoencoder(source, config.weights, device, getattr(torch, config.dtype))
-    jobs = [(config.prompt, config.seed)]
-    paths = output_paths(config.out, jobs)
-    save_pictures(autoencoder, latents, config, jobs, paths)
-    print(json.dumps({"stage": "decode", "files": [str(paths[0])]}))
 
 
 def main() -> None:
@@ -600,7 +569,8 @@ def main() -> None:
     device = weights.pick_device(config.device)
     spec = describe(config.model, config.autoencoder)
     config = complete(config, spec, device)
-    dtype, size, jobs = getattr(torch, config.dtype), parse_size(config.size), read_jobs(config)
+    dtype, size = weights.pick_dtype(config.dtype), parse_size(config.size)
+    jobs = read_jobs(config)
     paths = output_paths(config.out, jobs)
 
     times = [clock(device)]
@@ -615,6 +585,7 @@ def main() -> None:
     grid = latent_grid(size, autoencoder.stride, transformer.patch_size)
     channels, tokens = transformer.latent_channels, math.prod(grid) // transformer.patch_size**2
     sigmas = timesteps(config.steps, spec["schedule"], tokens, channels, spec.get("shift"))
+    make_folder(paths[0].parent)
     print_header(config, spec, grid, tokens, autoencoder.stride)
     batches = range(0, len(jobs), config.batch_size)
     with tqdm(total=len(batches) * config.steps, desc="sample", unit="step") as bar:
@@ -650,14 +621,15 @@ def report(
     config: Config, paths: list[Path], tokens: int, seconds: dict, device: torch.device
 ) -> None:
     seconds = {name: round(value, 3) for name, value in seconds.items()}
-    peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
     print("\n        " + "".join(f"{name:>9}" for name in seconds))
     print("seconds " + "".join(f"{value:9.2f}" for value in seconds.values()))
     print(f"\nsaved  {paths[0]}" + f"  and {len(paths) - 1} more" * (len(paths) > 1))
     print(f"next   python sample.py --from {paths[0]}   # the same picture again")
     figures = {"stage": "sample", "model": config.model, "size": config.size, "tokens": tokens}
     figures |= {"steps": config.steps, "guidance": config.guidance, "dtype": config.dtype}
-    figures |= {"device": config.device, "seconds": seconds, "peak_gb": peak}
+    figures |= {"device": config.device, "seconds": seconds}
+    if device.type == "cuda":
+        figures["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
     print(json.dumps(figures | {"files": [str(path) for path in paths]}))
 
 

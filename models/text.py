@@ -127,28 +127,28 @@ class ToyText(nn.Module):
 
 
 def load_encoder(
-    name: str, source: str, parts: tuple[str, str], device: torch.device, dtype: torch.dtype
+    name: str, folder: Path, parts: tuple[str, str], device: torch.device, dtype: torch.dtype
 ) -> tuple:
-    """(tokenizer, model) from two sub-folders of a diffusers pipeline, local or on the hub."""
+    """(tokenizer, model) from two sub-folders of a diffusers pipeline."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, subfolder=parts[0])
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / parts[0])
         # A pickle is refused, whatever it holds.
         model, report = getattr(transformers, name).from_pretrained(
-            source, subfolder=parts[1], dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder / parts[1], dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(
-            f"cannot load {' and '.join(parts)} from {source!r} ({reason}): fetch that pipeline "
+            f"cannot load {' and '.join(parts)} from {folder} ({reason}): fetch that pipeline "
             f"and pass its folder, or with --weights the folder it is in"
         ) from error
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:5])
-        raise UserError(f"{source}/{parts[1]} lacks tensors of {name}: {missing}")
+        raise UserError(f"{folder / parts[1]} lacks tensors of {name}: {missing}")
     tokenizer.padding_side = "right"
     return tokenizer, model.to(device).eval().requires_grad_(False)
 
@@ -168,10 +168,10 @@ def tokenize(
 class FluxText:
     """T5 reads the prompt word by word; CLIP says in one vector what the picture is of."""
 
-    def __init__(self, source: str, device: torch.device, dtype: torch.dtype, length: int = 512):
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, length: int = 512):
         clip, t5 = ("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")
-        self.clip_tokenizer, self.clip = load_encoder("CLIPTextModel", source, clip, device, dtype)
-        self.t5_tokenizer, self.t5 = load_encoder("T5EncoderModel", source, t5, device, dtype)
+        self.clip_tokenizer, self.clip = load_encoder("CLIPTextModel", folder, clip, device, dtype)
+        self.t5_tokenizer, self.t5 = load_encoder("T5EncoderModel", folder, t5, device, dtype)
         self.clip_length = self.clip_tokenizer.model_max_length  # 77
         self.length = length  # 512; schnell was trained with 256
         self.cut = {}
@@ -188,9 +188,9 @@ class FluxText:
 class SanaText:
     """Gemma-2, a chat model, reads the prompt after an instruction to picture it in detail."""
 
-    def __init__(self, source: str, device: torch.device, dtype: torch.dtype, length: int = 300):
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, length: int = 300):
         parts = ("tokenizer", "text_encoder")
-        self.tokenizer, self.gemma = load_encoder("Gemma2Model", source, parts, device, dtype)
+        self.tokenizer, self.gemma = load_encoder("Gemma2Model", folder, parts, device, dtype)
         self.length, self.cut = length, {}
 
     def encode(self, prompts: list[str], negative: bool = False) -> Cond:
@@ -256,9 +256,15 @@ def open_encoder(
 ) -> "ToyText | FluxText | SanaText":
     if kind == "toy":
         return ToyText.from_pretrained(source, device, dtype)
+    folder = Path(source)
+    if not folder.exists():
+        parts = ["tokenizer*/*", "text_encoder*/*.json", "text_encoder*/*.safetensors"]
+        folder = weights.download(source, parts, weights.VARIANTS)
+    # fp16 ends at 65504, and activations of T5 and Gemma pass it.
+    dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     if kind == "sana":
-        return SanaText(source, device, dtype)
-    return FluxText(source, device, dtype, length=256 if kind == "schnell" else 512)
+        return SanaText(folder, device, dtype)
+    return FluxText(folder, device, dtype, length=256 if kind == "schnell" else 512)
 
 
 def cache_key(kind: str, source: str, dtype: torch.dtype, prompt: tuple[str, bool]) -> str:

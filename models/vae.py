@@ -217,6 +217,8 @@ class FluxVAE(nn.Module):
     ) -> "FluxVAE":
         """A file, a folder, a preset or a hub id, in BFL's names (which are ours) or diffusers'."""
         checkpoint, config, run = open_model(path, PRESETS, "vae", config, weights)
+        if config is None and "encoder.down.0.block.0.conv1.weight" in checkpoint.shapes:
+            config = {}  # BFL's files carry none: FLUX's
         model = build(cls, config and only_ours(config), checkpoint.path)
         assign(model, name_rows(model, checkpoint), checkpoint, (), device, dtype, run)
         return model.eval()

@@ -14,6 +14,7 @@ Runs    What our stages save holds the trained tensors only; its header says whi
 """
 
 import argparse
+import inspect
 import json
 import math
 import os
@@ -24,7 +25,6 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
-from inspect import signature
 from pathlib import Path
 
 import torch
@@ -33,8 +33,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parent.parent
-INDEX = ".safetensors.index.json"  # diffusers' table of a sharded model: tensor name -> file
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+SUFFIXES = (".safetensors", *PICKLES)
+VARIANTS = ["*.fp16*", "*.bf16*", "*.fp8*", "*.int4*"]  # other precisions of what is there as well
 Rows = dict[str, tuple[tuple[str, ...], Callable[..., Tensor] | None]]
 
 # ---- scripts
@@ -61,18 +62,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_config(cls: type, doc: str, argv: Sequence[str] | None = None):
-    """Flags from a dataclass: a field without default is a positional argument, `doc` the help."""
+    """Flags from a dataclass: `doc` and the comments behind its fields are the help.
+
+    A field without default is a positional argument; `from_` is the flag --from.
+    """
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    notes = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
     for field in fields(cls):
-        kind = field.type
+        kind, note = field.type, notes.get(field.name, "").replace("%", "%%")
         if isinstance(kind, types.UnionType):  # str | None
             kind = next(t for t in kind.__args__ if t is not types.NoneType)
         if field.default is MISSING:
-            parser.add_argument(field.name, type=kind)
+            parser.add_argument(field.name, type=kind, help=note)
             continue
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, default=field.default, help="%(default)s", **how)
+        if field.default not in ("", None) and kind is not bool:
+            note = f"{note} (default: %(default)s)"
+        flag = "--" + field.name.strip("_").replace("_", "-")
+        parser.add_argument(flag, dest=field.name, default=field.default, help=note, **how)
     return cls(**vars(parser.parse_args(argv)))
 
 
@@ -92,9 +99,10 @@ def pick_device(name: str = "") -> torch.device:
 
 
 def pick_dtype(name: str) -> torch.dtype:
-    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    short = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    kinds = short | {str(kind).removeprefix("torch."): kind for kind in short.values()}
     if name not in kinds:
-        raise UserError(f"--dtype {name!r} is unknown; one of {', '.join(kinds)}")
+        raise UserError(f"--dtype {name!r} is unknown; one of {', '.join(short)}")
     return kinds[name]
 
 
@@ -111,25 +119,27 @@ def locate(
     name = str(source)
     if Path(source).exists():
         return Path(source), None
-    preset = presets.get(name)
-    if preset is None:  # the official repository of a preset is that preset
-        preset = next((p for p in presets.values() if p.get("hub") == name), None)
-    if preset is None:
-        is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)
-        if not is_hub_id or name.endswith((".safetensors", *PICKLES)):
-            raise UserError(
-                f"{name!r} is no file, no folder and no preset; presets: {', '.join(presets)}"
-            )
-        preset = {"hub": name}
-    config = preset.get("config")
+    # The official repository of a preset is that preset.
+    preset = presets.get(name) or next((p for p in presets.values() if p.get("hub") == name), None)
+    if preset is None and not is_hub_id(name):
+        raise UserError(
+            f"{name!r} is no file, no folder and no preset; presets: {', '.join(presets)}"
+        )
+    preset = preset or {"hub": name}
     if "path" in preset:
         path = ROOT / preset["path"]
         if not path.exists():
             raise UserError(f"{path} of preset {name} is missing: `git checkout {preset['path']}`")
-        return path, config
-    if weights is not None:
-        return in_folder(Path(weights), preset), config
-    return download(preset["hub"], preset.get("file"), subfolder), config
+    elif weights is not None:
+        path = in_folder(Path(weights), preset)
+    else:
+        path = download_model(preset["hub"], preset.get("file"), subfolder)
+    return path, preset.get("config")
+
+
+def is_hub_id(name: str) -> bool:
+    """ "org/name" and not the path of a file that is missing."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and Path(name).suffix not in SUFFIXES
 
 
 def in_folder(folder: Path, preset: dict) -> Path:
@@ -137,34 +147,42 @@ def in_folder(folder: Path, preset: dict) -> Path:
     repository = preset["hub"].split("/")[-1]
     places = [folder / repository]
     if "file" in preset:
-        file = Path(preset["file"])
-        places = [folder / file, folder / file.name, folder / repository / file, *places]
+        file = preset["file"]
+        places = [folder / file, folder / repository / file, *places]
     for place in places:
         if place.exists():
             return place
-    wanted = " or ".join(dict.fromkeys(str(place.relative_to(folder)) for place in places))
+    wanted = " or ".join(str(place.relative_to(folder)) for place in places)
     raise UserError(f"--weights {folder} has no {wanted}: fetch {preset['hub']} and put it there")
 
 
-def download(repository: str, file: str | None, subfolder: str | None) -> Path:
-    """From the hub's cache, or the hub; HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they say."""
-    from huggingface_hub import errors, hf_hub_download, snapshot_download
+def download_model(repository: str, file: str | None, subfolder: str | None) -> Path:
+    """The one file, or a folder with the weights of a pipeline's part, or of a whole repository."""
+    if file is not None:
+        path = download(repository, [file]) / file
+        if not path.exists():
+            raise UserError(f"{repository} has no file {file}: pass a path instead")
+        return path
+    for part in (f"{subfolder}/", "") if subfolder else ("",):
+        for avoid in (VARIANTS, []):  # a second precision of the same weights only if it is alone
+            wanted = [part + "*.json", part + "*.safetensors"]
+            folder = download(repository, wanted, avoid + ([] if part else ["*/*"]))
+            if any((folder / part).glob("*.safetensors")):
+                return folder
+    raise UserError(f"{repository} on the hub holds no .safetensors weights: pass a path instead")
+
+
+def download(repository: str, wanted: list[str], avoid: Sequence[str] = ()) -> Path:
+    """A folder of the hub's cache; HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they say."""
+    from huggingface_hub import errors, snapshot_download
 
     page = f"https://huggingface.co/{repository}"
     try:
-        if file is not None:
-            return Path(hf_hub_download(repository, file))
-        if subfolder is not None:
-            part = [f"{subfolder}/*.json", f"{subfolder}/*.safetensors"]
-            folder = Path(snapshot_download(repository, allow_patterns=part))
-            if (folder / subfolder).is_dir():
-                return folder
-        top = ["config.json", "*.safetensors", f"*{INDEX}"]
-        return Path(snapshot_download(repository, allow_patterns=top, ignore_patterns="*/*"))
+        return Path(snapshot_download(repository, allow_patterns=wanted, ignore_patterns=avoid))
     except errors.GatedRepoError:
         cure = f"accept its licence at {page}, then set HF_TOKEN to a token of that account"
         raise UserError(f"{repository} is gated: {cure}") from None
-    except errors.RepositoryNotFoundError:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise UserError(
             f"no file, folder or preset {repository!r}, and the hub shows no such repository: "
             f"check the name, or set HF_TOKEN if it is private"
@@ -174,10 +192,9 @@ def download(repository: str, file: str | None, subfolder: str | None) -> Path:
             f"{repository} is not in the local cache and the hub cannot be reached (no network, or "
             f"HF_HUB_OFFLINE set): fetch it elsewhere and pass its folder, or --weights"
         ) from None
-    except errors.EntryNotFoundError:
-        raise UserError(f"{page} has no file {file}: pass a path instead") from None
-    except (errors.HfHubHTTPError, ConnectionError) as error:
-        raise UserError(f"{page} failed ({error}): try again, or pass a local path") from None
+    except OSError as error:  # every other answer of the hub, no connection, no room on the disk
+        reason = str(error).split("\n")[0]
+        raise UserError(f"{page} failed ({reason}): try again, or pass a local path") from None
 
 
 # ---- open
@@ -214,61 +231,65 @@ def read_json(path: Path) -> dict:
 
 def open_checkpoint(path: Path, subfolder: str | None = None) -> Checkpoint:
     """Open a file, a diffusers folder (single or sharded), or its `subfolder` if there is one."""
-    path = Path(path)
+    path, config = Path(path), None
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if path.is_dir():
         if subfolder is not None and (path / subfolder).is_dir():
             path = path / subfolder
         config = read_json(path / "config.json") if (path / "config.json").exists() else None
-        file = weights_file(path)
-    else:
-        config, file = None, path
-    if file.name.endswith(INDEX):
-        return open_shards(file, config or read_json(path / "config.json"))
-    if file.suffix == ".safetensors":
-        return open_safetensors(file, config)
-    if file.suffix in PICKLES:
-        return open_pickle(file, config)
-    raise UserError(f"{file}: weights are .safetensors, {', '.join(PICKLES)} or a folder of them")
+        path = weights_file(path)
+    if path.suffix == ".json":
+        return open_shards(path, config)
+    if path.suffix == ".safetensors":
+        return open_safetensors([path], config)
+    if path.suffix in PICKLES:
+        return open_pickle(path, config)
+    raise UserError(f"{path}: weights are {', '.join(SUFFIXES)} or a folder of them")
 
 
 def weights_file(folder: Path) -> Path:
-    """The one set of weights of a folder; with several, the one without a variant in its name."""
-    for pattern in (f"*{INDEX}", "*.safetensors"):
-        files = sorted(folder.glob(pattern), key=lambda file: (len(file.name), file.name))
-        plain = [f for f in files if f.name.split(".")[0] in ("diffusion_pytorch_model", "model")]
-        if files and (len(files) == 1 or plain):
-            return (plain or files)[0]
-        if files:
-            names = ", ".join(file.name for file in files[:5])
-            raise UserError(f"{folder} holds several weight files ({names}): name the one to load")
-    parts = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or "no folders"
+    """The one file or index of shards in a folder; of several, diffusers' own without a variant."""
+    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.safetensors.index*.json"))
+    files = [file for file in files if not re.search(r"-\d+-of-\d+\.", file.name)]
+    usual = re.compile(r"(diffusion_pytorch_)?model\.safetensors(\.index\.json)?")
+    plain = [file for file in files if usual.fullmatch(file.name)]
+    if len(files) == 1 or plain:
+        return (plain or files)[-1]
+    if files:
+        names = ", ".join(file.name for file in files[:5])
+        raise UserError(f"{folder} holds several weight files ({names}): name the one to load")
+    parts = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
     raise UserError(f"{folder} holds no .safetensors weights ({parts} inside): pass their folder")
 
 
-def open_safetensors(path: Path, config: dict | None) -> Checkpoint:
-    file = map_safetensors(path)
-    metadata = file.metadata() or {}
+def open_shards(index: Path, config: dict | None) -> Checkpoint:
+    places = read_json(index).get("weight_map")
+    if not places or not isinstance(places, dict):
+        raise UserError(f"{index} names no files: fetch it again")
+    shards = [index.parent / Path(name).name for name in sorted(set(places.values()))]
+    checkpoint = open_safetensors(shards, config)
+    differing = sorted(places.keys() ^ checkpoint.shapes.keys())
+    if differing:
+        raise UserError(f"{index} does not match its files ({differing[:5]}): fetch them again")
+    return checkpoint
+
+
+def open_safetensors(paths: list[Path], config: dict | None) -> Checkpoint:
+    """One file, or all shards of a model."""
+    files = [map_safetensors(path) for path in paths]
+    sources = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+    path = paths[0] if len(paths) == 1 else paths[0].parent
+    if len(sources) < sum(len(file.keys()) for file in files):
+        raise UserError(f"two shards of {path} hold the same tensor: fetch them again")
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in sources.items()}
+    metadata = files[0].metadata() or {}
     if config is None and "config" in metadata:
         try:
             config = json.loads(metadata["config"])
         except ValueError as error:
             raise UserError(f"{path}: the config in its header is not JSON ({error})") from None
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return Checkpoint(path, config, metadata, shapes, dict.fromkeys(shapes, file))
-
-
-def open_shards(index: Path, config: dict | None) -> Checkpoint:
-    places = read_json(index).get("weight_map", {})
-    files = {name: map_safetensors(index.parent / Path(name).name) for name in set(places.values())}
-    sources = {name: files[place] for name, place in places.items()}
-    held = {place: set(file.keys()) for place, file in files.items()}
-    lost = [name for name, place in places.items() if name not in held[place]]
-    if lost or not places:
-        raise UserError(f"{index} does not match its files ({lost[:5]}): fetch them again")
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in sources.items()}
-    return Checkpoint(index.parent, config, {}, shapes, sources)
+    return Checkpoint(path, config, metadata, shapes, sources)
 
 
 def map_safetensors(path: Path):
@@ -326,11 +347,11 @@ def build(cls: type[nn.Module], config: dict | None, path: Path) -> nn.Module:
     """The model on the meta device: every name and shape, no memory."""
     if config is None:
         raise UserError(
-            f"{path} carries no config: name a preset, put config.json beside it in a folder, or "
+            f"{path} carries no config: pass its folder if config.json is in it, name a preset, or "
             f"pass config=dict(...)"
         )
     config = {key: value for key, value in config.items() if not key.startswith("_")}
-    unknown = [key for key in config if key not in signature(cls).parameters]
+    unknown = [key for key in config if key not in inspect.signature(cls).parameters]
     if unknown:
         raise UserError(f"config of {path}: {cls.__name__} has no {', '.join(unknown[:5])}")
     try:

@@ -332,17 +332,17 @@ def test_every_model_names_parts_that_exist():
         (["--prompt", "a red fox"], "no word 'fox'"),
         (["--size", "12x99"], "below this model's minimum of 16x16"),
         (["--size", "big"], "wanted WxH in pixels"),
-        (["--steps", "-1"], "--steps -1: wanted 1 or more"),
-        (["--n", "0"], "start at 1"),
+        (["--steps", "-1"], "--steps -1 --guidance 2.0: wanted 1 or more"),
+        (["--n", "0"], "--n 0 --batch-size 1: wanted 1 or more"),
         (["--seed", "-1"], "--seed -1: wanted 0 .. 2"),
-        (["--dtype", "int4"], "wanted float32, bfloat16 or float16"),
+        (["--dtype", "int4"], "one of fp32, bf16, fp16"),
         (["--device", "tpu"], "--device"),
         (["--prompts", "nowhere.txt"], "wanted a .txt or .jsonl file that exists"),
         (["--prompts", "bad.jsonl"], "every line is an object like"),
         (["--from", "nowhere.png"], "not a readable picture"),
         (["--from", "plain.png"], "carries no recipe"),
-        (["--out", "plain.png", "--n", "2"], "is one file and there are 2 pictures"),
-        (["--out", "bad.jsonl"], "is a file: name a folder"),
+        (["--out", "plain.png", "--n", "2"], "is one file, there are 2 pictures"),
+        (["--out", "bad.jsonl"], "wanted a folder, or a .png"),
         (["--negative-prompt", "blue"], "--negative-prompt is for SANA"),
         (["--autoencoder", "nonsense"], "no file, no folder and no preset"),
         (["--steps", "many"], "invalid int value"),
@@ -378,7 +378,7 @@ def test_tiles_join_without_a_seam(grid):
     latents, autoencoder = torch.randn(1, 4, *grid), Doubling()
     with torch.no_grad():
         mixed = torch.nn.functional.conv2d(latents, autoencoder.kernel)
-        tiled = sample.decode_tiled(autoencoder, latents)
+        tiled = dcae.tiled_decode(autoencoder, latents)
     torch.testing.assert_close(tiled, torch.nn.functional.interpolate(mixed, scale_factor=32.0))
 
 
