@@ -89,25 +89,40 @@ VALIDATION = 64
 def open_source(config, size: int, device: torch.device):
     """Anything with captions, images(rows) and a key: a folder of the user's, or the toy world."""
     if config.data:
-        return data.open_folder(config.data, size)
+        folder = data.open_folder(config.data, size)
+        print(data.describe(folder))
+        return folder
     return toy.Source(config.scenes, seed=1000 + config.seed, device=device)
 
 
-def prepare(config, spec: dict, autoencoders: list[nn.Module], source, device) -> Pictures:
-    """Encode every image by each autoencoder, and every distinct caption."""
+def encode(source, autoencoder: nn.Module, name: str, out: Path, device) -> Tensor:
+    """Latents (n, C, h, w) of every picture, from the run's cache if it is of these very ones."""
+    values = torch.stack([p.double().square().sum() for p in autoencoder.parameters()])
+    key = f"{source.key} | {name} {values.sum().item()!r}"  # other weights, other latents
+    path = out / "cache" / f"{Path(name).stem}.safetensors"
+
+    def compute():
+        return {"latents": data.encode_images(source, autoencoder, device, torch.float32, 64, name)}
+
+    return data.cached(path, key, compute)["latents"]
+
+
+def prepare(config, spec: dict, autoencoders: dict, source, out: Path, device) -> Pictures:
+    """Every image through each of {name: autoencoder}, the last of them new; and the captions."""
     if len(source) < 2 * VALIDATION:
         raise UserError(f"{len(source)} pictures; at least {2 * VALIDATION} are needed to train")
-    encoded = [
-        data.encode_images(source, a, device, torch.float32, 64, "encode") for a in autoencoders
-    ]
-    distinct = sorted(set(source.captions))
+    encoded = [encode(source, a, name, out, device) for name, a in autoencoders.items()]
+    captions = source.captions
+    if spec["text"] == "toy":
+        captions = [toy.known_words(caption) for caption in captions]
+    distinct = sorted(set(captions))
     cond, _ = text.encode(spec["text"], spec["repo"], ["", *distinct], device=device)
     index = {caption: i for i, caption in enumerate(distinct)}
     return Pictures(
         base_latents=encoded[0] if len(encoded) == 2 else None,
         latents=encoded[-1],
         cond=tuple(c[1:] for c in cond),
-        caption=torch.tensor([index[c] for c in source.captions]),
+        caption=torch.tensor([index[c] for c in captions]),
         null_cond=tuple(c[:1] for c in cond),
     )
 
@@ -407,7 +422,8 @@ def main() -> None:
     base.requires_grad_(False)
 
     source = open_source(config, size, device)
-    pictures = prepare(config, spec, [base_autoencoder, autoencoder], source, device)
+    autoencoders = {spec["autoencoder"]: base_autoencoder, config.autoencoder: autoencoder}
+    pictures = prepare(config, spec, autoencoders, source, out, device)
     stride = autoencoder.stride // (base_autoencoder.stride * base.patch_size)
     model = transplant(base, autoencoder.latent_channels, config.position_stride or max(stride, 1))
     model.requires_grad_(False)

@@ -199,7 +199,7 @@ def main() -> None:
     model, autoencoder_name, shift = load_aligned(config, out, base, device)
     autoencoder = sample.load_autoencoder(autoencoder_name, config.weights, device, torch.float32)
     source = open_source(config, config.resolution or spec["size"], device)
-    pictures = prepare(config, spec, [autoencoder], source, device)
+    pictures = prepare(config, spec, {autoencoder_name: autoencoder}, source, out, device)
     choose_trained(model, config)
 
     count = sum(p.numel() for p in trained(model).values()) / 1e6

@@ -21,6 +21,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -284,24 +285,34 @@ def render(scenes: dict[str, Tensor], size: int = SIZE) -> tuple[Tensor, Tensor]
 
 
 class Source:
-    """n captioned pictures, drawn once and kept in 8 bits; the face of models/data.py's Folder.
+    """n captioned pictures, kept in 8 bits; the face of models/data.py's Folder.
 
     What post-training sees: nothing that is held out.
     """
 
     def __init__(self, n: int, seed: int, device: torch.device | str = "cpu"):
-        scenes = draw_scenes(n, seed, held_out=False)
-        self.captions = captions(scenes, seed, held_out=False)
+        self.scenes, self.device = draw_scenes(n, seed, held_out=False), device
+        self.captions = captions(self.scenes, seed, held_out=False)
         self.key = f"toy world, {n} scenes, seed {seed}"
-        chunks = (scenes[np.arange(i, min(i + 64, n))] for i in range(0, n, 64))
-        images = [to_bytes(render(on_device(chunk, device))[0]) for chunk in chunks]
-        self.pixels = torch.cat(images)  # (n, 3, SIZE, SIZE)
+
+    @cached_property
+    def pixels(self) -> Tensor:
+        """(n, 3, SIZE, SIZE), drawn when first asked for."""
+        rows = np.array_split(np.arange(len(self)), math.ceil(len(self) / 64))
+        chunks = (on_device(self.scenes[chunk], self.device) for chunk in rows)
+        return torch.cat([to_bytes(render(chunk)[0]) for chunk in chunks])
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def images(self, rows) -> Tensor:
         return self.pixels[torch.as_tensor(np.asarray(rows))].float() / 127.5 - 1
+
+
+def known_words(caption: str) -> str:
+    """What the toy's text encoder can read of a caption from elsewhere; perhaps nothing."""
+    words = [w for w in caption.lower().replace(",", " ").split() if w in VOCABULARY[2:]]
+    return " ".join(words[: CONFIGS["text"]["length"] - 1])
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -530,11 +541,13 @@ def scenes_kept(originals: Scenes, images: Tensor) -> float:
     return float(np.mean(kept))
 
 
-# ---- how the toy weights were trained (on one GPU; the laptop never runs this)
+# ---- how the toy weights were trained (on GPUs; a CPU can run it, for a test)
 
 
 def captured(step, warmup: int = 3):
     """`step()` as one CUDA graph: at toy sizes a step is hundreds of launches and little work."""
+    if not torch.cuda.is_available():
+        return step
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(warmup):
@@ -544,6 +557,10 @@ def captured(step, warmup: int = 3):
     with torch.cuda.graph(graph):
         step()
     return graph.replay
+
+
+def compiled(function):
+    return torch.compile(function) if torch.cuda.is_available() else function
 
 
 def train(
@@ -574,7 +591,7 @@ def train(
 
     def differentiate():
         gradient.zero_()
-        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             loss = loss_fn()
         loss.backward()
         mean_loss.lerp_(loss.detach().float(), 0.01)
@@ -603,7 +620,7 @@ def train(
                 dist.all_reduce(gradient, dist.ReduceOp.AVG)
             update()
         steps += 10
-        torch.cuda.synchronize()
+        mean_loss.item()  # waits for the device
         done.fill_((time.time() - start) / seconds)
         if dist.is_initialized():
             dist.broadcast(done, 0)  # all GPUs stop at the same step
@@ -623,7 +640,9 @@ def spread(latents: Tensor) -> Tensor:
     """Distance of the latents' mean and channel covariance from 0 and 1 (after VICReg, 2105.04906).
 
     Without it the encoder leaves most directions of a deeply compressed latent nearly empty, and a
-    transformer that has to read them amplifies noise.
+    transformer that has to read them amplifies noise. With too much of it the code becomes one that
+    no linear layer can read, and stage 1 of align.py has nothing to align: at 0.05 the f32 latents
+    explain 18% of the pooled base embedding.
     """
     tokens = latents.float().movedim(1, -1).flatten(0, 2)  # (B h w, C)
     centred = tokens - tokens.mean(0)
@@ -632,54 +651,75 @@ def spread(latents: Tensor) -> Tensor:
     return off.square().sum() / tokens.shape[1] + tokens.mean(0).square().mean()
 
 
+def thumbnails(images: Tensor, stride: int, side: int) -> Tensor:
+    """What a linear layer should be able to read: side x side mean colours under every token.
+
+    (B, 3, H, W) -> (B, 3 side^2, h, w).
+    """
+    return F.pixel_unshuffle(F.avg_pool2d(images, stride // side), side)
+
+
 def train_autoencoder(
-    autoencoder,
-    seconds: float,
-    batch: int,
-    whiten: float,
-    noise: float,
-    lr: float,
-    label: str,
-):
-    """L1, five times heavier near edges, + squared error; noise on the latents; `spread`."""
-    scenes = on_device(draw_scenes(200_000, seed=1), "cuda")
-    autoencoder = autoencoder.cuda().to(memory_format=torch.channels_last)
-    draw, encode, decode = map(torch.compile, (render, autoencoder.encode, autoencoder.decode))
+    autoencoder: nn.Module, seconds: float, args, decoder_only: bool
+) -> nn.Module:
+    """L1, five times heavier near edges, + squared error; noisy latents; legible latents."""
+    device = weights.pick_device()
+    scenes = on_device(draw_scenes(200_000, seed=1), device)
+    autoencoder = autoencoder.to(device, memory_format=torch.channels_last)
+    autoencoder.encoder.requires_grad_(not decoder_only)
+    draw, encode, decode = map(compiled, (render, autoencoder.encode, autoencoder.decode))
+    side = 2 if autoencoder.stride == 8 else 4
+    read = nn.Conv2d(autoencoder.latent_channels, 3 * side**2, 1).to(device)  # only for the loss
 
     def loss_fn():
-        rows = torch.randint(len(scenes["x"]), (batch,), device="cuda")
-        with torch.autocast("cuda", enabled=False):
+        rows = torch.randint(len(scenes["x"]), (args.batch,), device=device)
+        with torch.autocast(device.type, enabled=False):
             images, edge = draw({k: v[rows] for k, v in scenes.items()})
         latents = encode(images.contiguous(memory_format=torch.channels_last))
         # The decoder must bear what a sampler will give it: latents that are slightly off.
-        level = noise * torch.rand(batch, 1, 1, 1, device="cuda")
+        level = args.noise * torch.rand(args.batch, 1, 1, 1, device=device)
         decoded = decode(latents + level * torch.randn_like(latents)).float()
-        error = (decoded - images).abs() * (1 + 4 * edge)
-        with torch.autocast("cuda", enabled=False):
-            return error.mean() + (decoded - images).square().mean() + whiten * spread(latents)
+        with torch.autocast(device.type, enabled=False):
+            error = ((decoded - images).abs() * (1 + 4 * edge)).mean()
+            error = error + (decoded - images).square().mean()
+            if decoder_only:
+                return error
+            small = thumbnails(images, autoencoder.stride, side)
+            legible = F.mse_loss(read(latents.float()), small)
+            return error + args.legible * legible + args.whiten * spread(latents)
 
-    return train(loss_fn, [autoencoder], seconds, lr, label)[0]
+    trained = [autoencoder] if decoder_only else [autoencoder, read]
+    return train(loss_fn, trained, seconds, args.lr, args.what)[0]
 
 
+@torch.no_grad()
 def check_autoencoder(autoencoder, n: int = 1024) -> dict:
-    """On unseen scenes: PSNR in dB, scenes kept, and how well filled the latent is."""
+    """On unseen scenes: PSNR in dB, scenes kept, how well filled and how legible the latent is."""
     device = next(autoencoder.parameters()).device
     scenes = draw_scenes(n, seed=2)
     images, latents, decoded = [], [], []
-    with torch.no_grad():
-        for i in range(0, n, 64):
-            images.append(render(on_device(scenes[np.arange(i, i + 64)], device))[0])
-            latents.append(autoencoder.encode(images[-1]))
-            decoded.append(autoencoder.decode(latents[-1]))
-    images, latents, decoded = torch.cat(images), torch.cat(latents), torch.cat(decoded)
-    tokens = latents.float().movedim(1, -1).flatten(0, 2)
+    for i in range(0, n, 64):
+        images.append(render(on_device(scenes[np.arange(i, i + 64)], device))[0])
+        latents.append(autoencoder.encode(images[-1]).float())
+        decoded.append(autoencoder.decode(latents[-1]).float())
+    images, latents, decoded = map(torch.cat, (images, latents, decoded))
+    tokens = latents.movedim(1, -1).flatten(0, 2)
     eigenvalues = torch.linalg.eigvalsh(torch.cov(tokens.T))
+    small = thumbnails(images, autoencoder.stride, 2 if autoencoder.stride == 8 else 4)
     mse = (decoded.clamp(-1, 1) - images).square().mean((1, 2, 3)) / 4
     return dict(
         psnr=float((-10 * mse.log10()).mean()), scenes_kept=scenes_kept(scenes, decoded),
         latent_std=float(tokens.std()),
+        legible=explained(tokens, small.movedim(1, -1).flatten(0, 2)),
         eigenvalue_min=float(eigenvalues[0]), eigenvalue_max=float(eigenvalues[-1]),
     )  # fmt: skip
+
+
+def explained(inputs: Tensor, targets: Tensor) -> float:
+    """Share of the targets' variance that the best linear map from the inputs explains."""
+    inputs, targets = inputs - inputs.mean(0), targets - targets.mean(0)
+    weights_ = torch.linalg.lstsq(inputs, targets).solution
+    return float(1 - (inputs @ weights_ - targets).square().sum() / targets.square().sum())
 
 
 @dataclass(frozen=True)
@@ -692,11 +732,12 @@ class Captioned:
 
     def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """noisy latents, timestep, caption tokens (10% of them empty), velocity."""
-        rows = torch.randint(len(self.latents), (batch,), device="cuda")
-        dropped = torch.rand(batch, 1, device="cuda") < 0.1
+        device = self.latents.device
+        rows = torch.randint(len(self.latents), (batch,), device=device)
+        dropped = torch.rand(batch, 1, device=device) < 0.1
         latents = self.latents[rows].float()
         # Thousands of latent numbers show the layout through much noise: it is settled above 0.9.
-        timestep = torch.sigmoid(1.3 * torch.randn(batch, device="cuda") + 1.2)
+        timestep = torch.sigmoid(1.3 * torch.randn(batch, device=device) + 1.2)
         noise, t = torch.randn_like(latents), timestep[:, None, None, None]
         words = torch.where(dropped, self.null, self.tokens[rows])
         return (1 - t) * latents + t * noise, timestep, words, noise - latents
@@ -706,23 +747,24 @@ def encode_scenes(autoencoder, text, n: int) -> Captioned:
     seed = 3 + (dist.get_rank() if dist.is_initialized() else 0)  # every GPU has its own scenes
     torch.manual_seed(seed)
     scenes = draw_scenes(n, seed)
-    tokens = text.tokenize(captions(scenes, seed)).cuda()
-    draw, encode, latents = torch.compile(render), torch.compile(autoencoder.encode), []
-    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+    device = next(autoencoder.parameters()).device
+    draw, encode, latents = compiled(render), compiled(autoencoder.encode), []
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
         for i in range(0, n, 1000):
-            images = draw(on_device(scenes[np.arange(i, i + 1000)], "cuda"))[0]
+            images = draw(on_device(scenes[np.arange(i, min(i + 1000, n))], device))[0]
             latents.append(encode(images).bfloat16())
-    return Captioned(torch.cat(latents), tokens, text.tokenize([""]).cuda())
+    tokens = text.tokenize([*captions(scenes, seed), ""]).to(device)
+    return Captioned(torch.cat(latents), tokens[:-1], tokens[-1:])
 
 
 def reader(flux, text):
     """flux for caption tokens, compiled: (noisy, timestep, tokens, guidance) -> velocity."""
-    return torch.compile(lambda noisy, t, tokens, g: flux(noisy, t, *text(tokens), g).float())
+    return compiled(lambda noisy, t, tokens, g: flux(noisy, t, *text(tokens), g).float())
 
 
 def train_base(flux, text, scenes: Captioned, seconds: float, batch: int, lr: float):
     """Flow matching on captions; guidance 1 stands for the conditional velocity itself."""
-    run, one = reader(flux, text), torch.ones(batch, device="cuda")
+    run, one = reader(flux, text), torch.ones(batch, device=scenes.null.device)
 
     def loss_fn():
         noisy, timestep, words, velocity = scenes.draw(batch)
@@ -734,12 +776,12 @@ def train_base(flux, text, scenes: Captioned, seconds: float, batch: int, lr: fl
 def distill_guidance(flux, text, scenes: Captioned, seconds: float, batch: int, lr: float):
     """v(text, g) learns to be the teacher's v(null) + g (v(text) - v(null)), g in [1, 5]."""
     teach = reader(copy.deepcopy(flux), text.requires_grad_(False))
-    run, one = reader(flux, text), torch.ones(batch, device="cuda")
+    run, one = reader(flux, text), torch.ones(batch, device=scenes.null.device)
     null = scenes.null.expand(batch, -1)
 
     def loss_fn():
         noisy, timestep, words, _ = scenes.draw(batch)
-        g = 1 + 4 * torch.rand(batch, device="cuda")
+        g = 1 + 4 * torch.rand(batch, device=scenes.null.device)
         with torch.no_grad():
             with_text = teach(noisy, timestep, words, one)
             without = teach(noisy, timestep, null, one)
@@ -827,7 +869,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=150, help="of training, on each GPU")
     parser.add_argument("--batch", type=int, default=256, help="on each GPU")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--whiten", type=float, default=0.05, help="weight of `spread`")
+    parser.add_argument("--whiten", type=float, default=0.002, help="weight of `spread`")
+    parser.add_argument("--legible", type=float, default=1.0, help="weight of `thumbnails`")
     parser.add_argument("--noise", type=float, default=0.3, help="of the latent's std, decoded too")
     parser.add_argument(
         "--last-seconds", type=float, default=50,
@@ -854,8 +897,9 @@ def main() -> None:
 
 
 def make_base(args) -> None:
-    autoencoder = FluxVAE.from_pretrained(args.out / "flux-vae.safetensors", "cuda")
-    flux, text = Flux(**CONFIGS["flux"]).cuda(), ToyText(**CONFIGS["text"]).cuda()
+    device = weights.pick_device()
+    autoencoder = FluxVAE.from_pretrained(args.out / "flux-vae.safetensors", device)
+    flux, text = Flux(**CONFIGS["flux"]).to(device), ToyText(**CONFIGS["text"]).to(device)
     scenes = encode_scenes(autoencoder, text, args.scenes)
     flux, text = train_base(flux, text, scenes, args.seconds, args.batch, args.lr)
     for distilled in (False, True):  # kept before distillation too, should that be cut short
@@ -870,11 +914,7 @@ def make_autoencoder(args) -> None:
     cls = FluxVAE if args.what == "flux-vae" else DCAE
     autoencoder = cls(**CONFIGS[args.what])
     for decoder_only, seconds in ((False, args.seconds), (True, args.last_seconds)):
-        autoencoder.encoder.requires_grad_(not decoder_only)
-        whiten = 0.0 if decoder_only else args.whiten
-        autoencoder = train_autoencoder(
-            autoencoder, seconds, args.batch, whiten, args.noise, args.lr, args.what
-        )
+        autoencoder = train_autoencoder(autoencoder, seconds, args, decoder_only)
         write(args.what, autoencoder, args.out)
         print(json.dumps(dict(what=args.what, **check_autoencoder(autoencoder))), flush=True)
 
