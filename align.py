@@ -321,12 +321,7 @@ def train_embedder(model: Flux, base: Flux, pictures: Pictures, config: Config, 
 
 
 def train_doors(
-    model: Flux,
-    pictures: Pictures,
-    config: Config,
-    shift: float,
-    device,
-    progress: Path,
+    model: Flux, pictures: Pictures, config: Config, shift: float, device, progress: Path
 ) -> None:
     """Stage 2: embedder and head by flow matching, through the frozen blocks."""
     parameters = list(trained(model).values())
@@ -354,13 +349,7 @@ def train_doors(
 
 
 def header(
-    config,
-    stage: str,
-    spec: dict,
-    autoencoder: str,
-    model: Flux,
-    shift: float,
-    step: int,
+    config, stage: str, spec: dict, autoencoder: str, model: Flux, shift: float, step: int
 ) -> dict[str, str]:
     """What makes a run loadable and repeatable, as a safetensors header holds it: strings."""
     commit = subprocess.run(

@@ -67,6 +67,7 @@ class Config:
     dropout: float = 0.1  # share of captions emptied
     per_task: int = 12  # toy prompts of each task to score by; 0: none
     save_every: int = 100  # steps, so that an interrupted run goes on
+    compile: bool = False  # for a GPU: some 40 s once, then shorter steps
     seed: int = 0
     device: str = ""  # "": cuda, then mps, then cpu
     out: str = ""  # "": runs/<model>
@@ -97,10 +98,7 @@ class LoRALinear(nn.Module):
         """eq. (2), summed in fp32: a small update would drown in a bf16 sum."""
         linear = nn.Linear(*self.weight.shape[::-1], bias=self.bias is not None, device="meta")
         weight = self.weight.float() + self.scale * self.lora_B @ self.lora_A
-        linear.weight, linear.bias = (
-            nn.Parameter(weight.to(self.weight.dtype)),
-            self.bias,
-        )
+        linear.weight, linear.bias = (nn.Parameter(weight.to(self.weight.dtype)), self.bias)
         return linear
 
 
@@ -139,6 +137,7 @@ def train(model: nn.Module, pictures, config: Config, shift: float, device, prog
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
     first = load_progress(progress, model, optimizer, config)
     recover = config.recover and model.config["guidance_embeds"]
+    forward = torch.compile(model) if config.compile else model
     curve = []
     bar = tqdm(range(first, config.steps), "lora", initial=first, total=config.steps)
     for step in bar:
@@ -147,7 +146,7 @@ def train(model: nn.Module, pictures, config: Config, shift: float, device, prog
         batch = draw_batch(pictures, config, shift, 1_000_000 + step, device)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = flow_loss(model, batch, recover)  # align.py eq. (2), (3)
+            loss = flow_loss(forward, batch, recover)  # align.py eq. (2), (3)
 
         for group in optimizer.param_groups:
             group["lr"] = cosine(step, config.steps, config.lr)
@@ -158,10 +157,7 @@ def train(model: nn.Module, pictures, config: Config, shift: float, device, prog
         bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{group['lr']:.1e}", refresh=False)
         if (step + 1) % config.save_every == 0:
             save_progress(progress, model, optimizer, config, step + 1)
-    return [
-        *curve,
-        (config.steps, held_out_loss(model, pictures, config, shift, device)),
-    ]
+    return [*curve, (config.steps, held_out_loss(model, pictures, config, shift, device))]
 
 
 # ---- main

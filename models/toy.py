@@ -40,6 +40,7 @@ from sample import draw_noise, sample, timesteps
 HERE = Path(__file__).parent / "toy"
 SIZE = 128  # pixels, height = width
 MAX_OBJECTS = 3
+BASE_SHIFT = 4.0  # of the base's timesteps, as in sample.MODELS
 
 SHAPES = ["circle", "square", "triangle", "cross", "ring", "heart", "blob"]
 BLOB = SHAPES.index("blob")  # a random smooth outline: teaches geometry in general, is never scored
@@ -50,12 +51,7 @@ COLORS = {
 COLOR_NAMES = list(COLORS)
 PLURAL = {s: s + ("es" if s == "cross" else "s") for s in SHAPES}
 BACKGROUNDS = {"dark": 0.18, "gray": 0.50, "light": 0.84}
-RELATIONS = [
-    "left",
-    "right",
-    "above",
-    "below",
-]  # of the first object, as seen from the second
+RELATIONS = ["left", "right", "above", "below"]  # of the first object, as seen from the second
 NUMBERS = ["a", "two", "three"]
 VOCABULARY = (
     ["<pad>", "<bos>", "a", "and", "on", "of", "two", "three", "small", "large"]
@@ -139,10 +135,7 @@ def draw_identities(rng, n: int, kind: np.ndarray) -> tuple[np.ndarray, np.ndarr
     # The largest of weight-perturbed keys: a weighted draw without replacement (Gumbel trick).
     shape = np.argsort(-(np.log(weights) + rng.gumbel(size=(n, len(SHAPES)))), 1)[:, :MAX_OBJECTS]
     color = np.argsort(rng.random((n, len(COLOR_NAMES))), 1)[:, :MAX_OBJECTS]
-    shape[kind == 1], color[kind == 1] = (
-        shape[kind == 1][:, :1],
-        color[kind == 1][:, :1],
-    )
+    shape[kind == 1], color[kind == 1] = (shape[kind == 1][:, :1], color[kind == 1][:, :1])
     return shape, color
 
 
@@ -489,12 +482,7 @@ def draw_prompts(per_task: int, seed: int) -> list[Prompt]:
                 ((color, shape),) * number,
             ),
             Prompt(f"a {pair[0]} {pair[1]}", "color", (pair,)),
-            Prompt(
-                f"{name(one)} {phrase(relation)} {name(two)}",
-                "position",
-                (one, two),
-                relation,
-            ),
+            Prompt(f"{name(one)} {phrase(relation)} {name(two)}", "position", (one, two), relation),
             Prompt(f"{name(one)} and {name(two)}", "attribute", (one, two)),
             Prompt(f"{name(novel[0])} and {name(novel[1])}", "pair", novel),
             Prompt(name(heart), "shape", (heart,)),
@@ -581,12 +569,7 @@ def train(
     rate, newest = torch.tensor(0.0, device=device), torch.tensor(0.0, device=device)
     mean_loss = torch.zeros((), device=device)
     optimizer = torch.optim.AdamW(
-        params,
-        lr=rate,
-        betas=(0.9, 0.99),
-        weight_decay=0.01,
-        fused=True,
-        capturable=True,
+        params, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True, capturable=True
     )
 
     def differentiate():
@@ -604,10 +587,7 @@ def train(
             torch._foreach_mul_(moves, newest)
             torch._foreach_add_(averages, moves)
 
-    differentiate, update = (
-        captured(differentiate),
-        captured(update),
-    )  # rate 0: nothing moves yet
+    differentiate, update = (captured(differentiate), captured(update))  # rate 0: nothing moves yet
     start, steps = time.time(), 0
     done = torch.zeros((), device=device)
     while done < 1:
@@ -625,10 +605,7 @@ def train(
         if dist.is_initialized():
             dist.broadcast(done, 0)  # all GPUs stop at the same step
         if steps % 2000 == 0 and is_first():
-            print(
-                f"{label} {steps:6d} {done:4.0%} loss {mean_loss.item():.4f}",
-                flush=True,
-            )
+            print(f"{label} {steps:6d} {done:4.0%} loss {mean_loss.item():.4f}", flush=True)
     return averaged
 
 
@@ -854,8 +831,7 @@ def evaluate(
 def write(name: str, module: nn.Module, folder: Path) -> None:
     tensors = {k: v.detach().half().cpu().contiguous() for k, v in module.state_dict().items()}
     header = dict(
-        config=json.dumps(CONFIGS[name]),
-        command="python -m models.toy " + " ".join(sys.argv[1:]),
+        config=json.dumps(CONFIGS[name]), command="python -m models.toy " + " ".join(sys.argv[1:])
     )
     weights.save(folder / f"{name}.safetensors", tensors, header)
 
@@ -920,17 +896,20 @@ def make_autoencoder(args) -> None:
 
 
 def print_scores(args) -> None:
+    """The figures of what is in args.out, a line each."""
     device = weights.pick_device()
-    autoencoder = FluxVAE.from_pretrained(args.out / "flux-vae.safetensors", device=device)
-    flux = Flux.from_pretrained(args.out / "flux.safetensors", device=device)
-    text = ToyText.from_pretrained(args.out / "text.safetensors", device=device)
+    for what, cls in {"flux-vae": FluxVAE, "dc-ae-f32c32": DCAE, "dc-ae-f64c128": DCAE}.items():
+        if (file := args.out / f"{what}.safetensors").exists():
+            figures = check_autoencoder(cls.from_pretrained(file, device))
+            print(json.dumps(dict(what=what, **figures)), flush=True)
+    autoencoder = FluxVAE.from_pretrained(args.out / "flux-vae.safetensors", device)
+    flux = Flux.from_pretrained(args.out / "flux.safetensors", device)
+    text = ToyText.from_pretrained(args.out / "text.safetensors", device)
     prompts = draw_prompts(args.per_task, seed=0)
     for guidance in (1.0, 2.0, 3.0, 4.0):
-        rates, _ = evaluate(flux, autoencoder, text, prompts, guidance, shift=4.0)
-        print(
-            json.dumps(dict(guidance=guidance, **{k: round(v, 3) for k, v in rates.items()})),
-            flush=True,
-        )
+        rates, _ = evaluate(flux, autoencoder, text, prompts, guidance, shift=BASE_SHIFT)
+        rates = {task: round(rate, 3) for task, rate in rates.items()}
+        print(json.dumps(dict(what="flux", guidance=guidance, **rates)), flush=True)
 
 
 if __name__ == "__main__":

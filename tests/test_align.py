@@ -179,10 +179,7 @@ def test_progress_of_other_settings_is_refused(tmp_path):
     model = align.transplant(tiny_base(), 32, 2)
     for door in align.doors(model):
         door.requires_grad_(True)
-    path, config = (
-        tmp_path / "progress.safetensors",
-        Config(steps=4, batch_size=4, save_every=2),
-    )
+    path, config = (tmp_path / "progress.safetensors", Config(steps=4, batch_size=4, save_every=2))
     align.train_doors(model, tiny_pictures(), config, 2.0, torch.device("cpu"), path)
     optimizer = torch.optim.AdamW(align.trained(model).values())
     with pytest.raises(UserError, match="another lr"):
@@ -207,13 +204,7 @@ def test_the_two_commands_run_end_to_end(tmp_path):
     assert set(figures["scores"]) == {"base", "aligned", "+ LoRA"}
     picture = tmp_path / "x.png"
     done = script(
-        "sample.py",
-        "--model",
-        figures["files"][0],
-        "--out",
-        str(picture),
-        "--steps",
-        "2",
+        "sample.py", "--model", figures["files"][0], "--out", str(picture), "--steps", "2"
     )
     assert done.returncode == 0 and picture.exists(), done.stderr
 
@@ -226,10 +217,7 @@ def test_the_two_commands_run_end_to_end(tmp_path):
         (["align.py", "--model", "flux-tuy"], "flux-tuy"),
         (["align.py", "--scenes", "10"], "at least"),
         (["lora.py", "--out", "no/run/here"], "align.py"),
-        (
-            ["lora.py", "--aligned", "models/toy/flux.safetensors"],
-            "no file of align.py",
-        ),
+        (["lora.py", "--aligned", "models/toy/flux.safetensors"], "no file of align.py"),
     ],
 )
 def test_a_users_mistake_is_one_sentence_and_exit_code_2(args, words):

@@ -94,11 +94,7 @@ def test_a_saved_run_loads_as_the_merged_model(tmp_path):
     perturb(model)
     nn.init.normal_(doors(model)[0].weight)
     notes = dict(
-        stage="lora",
-        base=str(folder),
-        autoencoder="x",
-        config=json.dumps(base.config),
-        alpha="8.0",
+        stage="lora", base=str(folder), autoencoder="x", config=json.dumps(base.config), alpha="8.0"
     )
     weights.save(tmp_path / "lora.safetensors", trained(model), notes)
     loaded = Flux.from_pretrained(tmp_path / "lora.safetensors")

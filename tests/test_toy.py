@@ -29,23 +29,14 @@ def test_a_picture_passes_its_own_caption_and_fails_others():
         assert not toy.Prompt("", "x", pairs[1:]).passes(found[i])
         assert not toy.Prompt("", "x", (*pairs, pairs[0])).passes(found[i])
         if relation:
-            other = {
-                "left": "right",
-                "right": "left",
-                "above": "below",
-                "below": "above",
-            }[relation]
+            other = {"left": "right", "right": "left", "above": "below", "below": "above"}[relation]
             assert not toy.Prompt("", "x", pairs, other).passes(found[i])
 
 
 def test_a_broken_or_recoloured_shape_fails():
     scenes = toy.draw_scenes(1, seed=3)
     scenes.kind[:], scenes.count[:] = 0, 1
-    scenes.shape[0, 0], scenes.color[0, 0], scenes.radius[0, 0] = (
-        1,
-        0,
-        24.0,
-    )  # a red square
+    scenes.shape[0, 0], scenes.color[0, 0], scenes.radius[0, 0] = (1, 0, 24.0)  # a red square
     scenes.x[0, 0] = scenes.y[0, 0] = 64.0
     image, _ = toy.render(toy.on_device(scenes, "cpu"))
     wanted = toy.Prompt("a red square", "color", (("red", "square"),))
