@@ -234,7 +234,7 @@ def describe(model: str, autoencoder: str = "") -> dict:
         spec = describe_pipeline(weights.download(model, about), model)
     else:
         names = ", ".join(MODELS)
-        raise UserError(f"--model {model!r} is no file, no folder and no name; names: {names}")
+        raise UserError(f"{model!r} is no file, no folder and no name; names: {names}")
     return spec | ({"autoencoder": autoencoder} if autoencoder else {})
 
 
@@ -282,16 +282,20 @@ def describe_flux(in_channels: int, guidance: bool) -> dict:
 def describe_weights(path: Path) -> dict:
     """A run of ours, whose header names base and autoencoder, or a transformer's weights alone."""
     checkpoint = weights.open_checkpoint(path, "transformer")
-    here = {"transformer": str(path)}
+    here, notes, told = {"transformer": str(path)}, checkpoint.metadata, checkpoint.config or {}
     if checkpoint.is_run:
-        notes = checkpoint.metadata
-        spec = describe(notes["base"]) | here | {"autoencoder": notes["autoencoder"]}
-        return spec | ({"shift": float(notes["shift"])} if "shift" in notes else {})
+        try:
+            spec = describe(notes["base"]) | here | {"autoencoder": notes["autoencoder"]}
+            return spec | ({"shift": float(notes["shift"])} if "shift" in notes else {})
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{path}: its base or autoencoder is not found ({error})") from None
     for name, shape in checkpoint.shapes.items():
         if name.endswith(("img_in.weight", "x_embedder.weight")):  # FLUX: BFL's name, diffusers'
+            if told.get("joint_attention_dim", 4096) != 4096:  # not T5's width
+                return describe("flux-toy") | here
             guidance = any("guidance" in other for other in checkpoint.shapes)
             return describe_flux(shape[1], guidance) | here
-    told = checkpoint.config or sana.told_by_names(checkpoint.shapes) or {}
+    told = told or sana.told_by_names(checkpoint.shapes) or {}
     fits = {k: p["config"] for k, p in sana.PRESETS.items() if p["config"].items() <= told.items()}
     closest = max(fits, key=lambda name: len(fits[name]), default="sana-1.6b")
     return describe(closest) | here
@@ -488,9 +492,11 @@ def read_recipe(config: Config) -> tuple[Config, Tensor | None]:
         except OSError as error:
             raise UserError(f"--from {path} is not a readable picture ({error})") from None
     try:
-        told = Config(**json.loads(recipe))
-    except (TypeError, ValueError):
+        told = json.loads(recipe).items()
+    except (TypeError, ValueError, AttributeError):
         raise UserError(f"--from {path} carries no recipe of this program") from None
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in told]
+    told = weights.parse_config(Config, __doc__, flags)
     here = {name: getattr(config, name) for name in HERE}
     return replace(told, **here | {"device": config.device or told.device, "from_": ""}), latents
 
@@ -572,21 +578,22 @@ def main() -> None:
     dtype, size = weights.pick_dtype(config.dtype), parse_size(config.size)
     jobs = read_jobs(config)
     paths = output_paths(config.out, jobs)
-
-    times = [clock(device)]
-    cond, null_cond = encode_text(config, spec, [prompt for prompt, _ in jobs], device, dtype)
-    times.append(clock(device))
-    spec, transformer, autoencoder = load_pipeline(
-        config.model, config.autoencoder, config.weights, device, dtype
-    )
-    times.append(clock(device))
-    seconds = {"text": times[1] - times[0], "load": times[2] - times[1], "sample": 0, "decode": 0}
-
+    parts = (config.model, config.autoencoder, config.weights)
+    _, transformer, autoencoder = load_pipeline(
+        *parts, "meta"
+    )  # does it all fit, before it is read
     grid = latent_grid(size, autoencoder.stride, transformer.patch_size)
     channels, tokens = transformer.latent_channels, math.prod(grid) // transformer.patch_size**2
     sigmas = timesteps(config.steps, spec["schedule"], tokens, channels, spec.get("shift"))
-    make_folder(paths[0].parent)
     print_header(config, spec, grid, tokens, autoencoder.stride)
+
+    times = [clock(device)]
+    cond, null_cond = encode_text(config, spec, [prompt for prompt, _ in jobs], device, dtype)
+    make_folder(paths[0].parent)
+    times.append(clock(device))
+    _, transformer, autoencoder = load_pipeline(*parts, device, dtype)
+    times.append(clock(device))
+    seconds = {"text": times[1] - times[0], "load": times[2] - times[1], "sample": 0, "decode": 0}
     batches = range(0, len(jobs), config.batch_size)
     with tqdm(total=len(batches) * config.steps, desc="sample", unit="step") as bar:
         for first in batches:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from reference import error, golden, weights_of
 from safetensors.torch import save_file
 from test_text import VOCABULARY, tiny_flux_text, tiny_sana_text
@@ -301,6 +301,8 @@ def test_a_run_of_ours_brings_its_base_and_autoencoder(toy, monkeypatch, capsys)
     assert torch.equal(transformer.img_in.weight, new.img_in.weight)
     assert torch.equal(transformer.txt_in.weight, base.txt_in.weight)
     assert (spec["schedule"], spec["solver"], found.stride) == ("flux", "euler", 32)
+    weights.save("runs/align.safetensors", trained, header | {"shift": "1.5"})
+    assert sample.describe("runs/align.safetensors")["shift"] == 1.5
     with pytest.raises(
         weights.UserError, match="latents of 32 channels, and flux-vae-toy reads 16"
     ):
@@ -308,12 +310,31 @@ def test_a_run_of_ours_brings_its_base_and_autoencoder(toy, monkeypatch, capsys)
 
 
 def test_a_transformer_alone_is_known_by_its_shape(toy):
-    assert sample.describe("models/toy/flux.safetensors")["repo"].endswith("FLUX.1-dev")
-    rows = {32: ("dc-gen-1k", 1024), 128: ("flux", 4096)}
-    for channels, (schedule, size) in rows.items():
-        weights.save("x.safetensors", {"x_embedder.weight": torch.zeros(8, channels)}, {})
+    assert sample.describe("models/toy/flux.safetensors")["repo"] == "text-toy"
+    rows = {64: ("flux", 1024, 28), 32: ("dc-gen-1k", 1024, 20), 128: ("flux", 4096, 20)}
+    for channels, expected in rows.items():
+        tensors = {"x_embedder.weight": torch.zeros(8, channels), "guidance": torch.zeros(1)}
+        weights.save("x.safetensors", tensors, {})
         spec = sample.describe("x.safetensors")
-        assert (spec["schedule"], spec["size"], spec["steps"]) == (schedule, size, 20)
+        assert (spec["schedule"], spec["size"], spec["steps"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("width", "channels", "tokens", "size", "shift"),
+    [
+        (1152, 32, 32**2, 1024, 3.0),
+        (2240, 32, 16**2, 512, 3.0),
+        (2240, 32, 128**2, 4096, 6.0),
+        (2240, 128, 16**2, 1024, 3.0),  # DC-Gen: f64
+    ],
+)
+def test_a_sana_alone_is_known_by_its_shape(width, channels, tokens, size, shift, tmp_path):
+    patch, positions = torch.zeros(width, channels, 1, 1), torch.zeros(1, tokens, 1)
+    tensors = {"x_embedder.proj.weight": patch, "pos_embed": positions}
+    torch.save({"state_dict": tensors}, tmp_path / "sana.pth")
+    spec = sample.describe(str(tmp_path / "sana.pth"))
+    assert (spec["size"], spec["shift"]) == (size, shift)
+    assert spec["autoencoder"] == ("dc-ae-f64c128-1.5" if channels == 128 else spec["repo"])
 
 
 def test_every_model_names_parts_that_exist():
@@ -341,6 +362,10 @@ def test_every_model_names_parts_that_exist():
         (["--prompts", "bad.jsonl"], "every line is an object like"),
         (["--from", "nowhere.png"], "not a readable picture"),
         (["--from", "plain.png"], "carries no recipe"),
+        (["--from", "typed.png"], "argument --steps: invalid int value: 'x'"),
+        (["--model", "lost.safetensors"], "its base or autoencoder is not found"),
+        (["--model", "other.safetensors"], "does not fit this Flux: tensors 1 of another shape"),
+        (["--out", "x.jpg"], "wanted a folder, or a .png"),
         (["--out", "plain.png", "--n", "2"], "is one file, there are 2 pictures"),
         (["--out", "bad.jsonl"], "wanted a folder, or a .png"),
         (["--negative-prompt", "blue"], "--negative-prompt is for SANA"),
@@ -351,6 +376,14 @@ def test_every_model_names_parts_that_exist():
 def test_bad_input_is_one_sentence_and_exit_code_2(toy, monkeypatch, capsys, flags, sentence):
     (toy / "bad.jsonl").write_text('{"prompts": 3}')
     Image.new("RGB", (8, 8)).save("plain.png")
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("recipe", '{"model": "flux-toy", "steps": "x"}')
+    Image.new("RGB", (8, 8)).save("typed.png", pnginfo=notes)
+    header = {"stage": "align", "base": "gone.safetensors", "autoencoder": "flux-vae-toy"}
+    weights.save("lost.safetensors", {"x": torch.zeros(1)}, header)
+    base = weights.open_checkpoint("models/toy/flux.safetensors")
+    tensors = {name: base.get(name) for name in base.shapes} | {"img_in.bias": torch.zeros(3)}
+    weights.save("other.safetensors", tensors, base.metadata)
     monkeypatch.setattr(sys, "argv", ["sample.py", "--device", "cpu", *flags])
     with pytest.raises(SystemExit) as stop:
         weights.run(sample.main)
@@ -452,6 +485,9 @@ def test_a_flux_pipeline_folder_gives_diffusers_picture(dynamic, tmp_path, monke
     flags = ["--prompt", "a fox", "--size", "96x64", "--steps", 3, "--guidance", 2.5, "--seed", 11]
     ours = run(monkeypatch, capsys, "--model", tmp_path, *flags, "--out", tmp_path / "x.png")
     assert_same_picture(ours["files"][0], theirs)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    hub = run(monkeypatch, capsys, "--model", "some/pipeline", *flags, "--out", tmp_path / "y.png")
+    assert torch.equal(pixels(hub["files"][0]), pixels(ours["files"][0]))
 
 
 @pytest.mark.parametrize("solver", ["dpm", "euler"])

@@ -363,6 +363,23 @@ def test_a_folder_that_is_not_whole_is_refused(model, tmp_path):
         open_checkpoint(tmp_path)
 
 
+def test_a_header_with_another_config_than_an_object_is_refused(model, tmp_path):
+    for config, words in (("[1]", "holds a list"), ("{", "is not readable JSON")):
+        save_file(official(model), tmp_path / "w.safetensors", {"config": config})
+        with pytest.raises(UserError, match=f"the config in the header of .*w.safetensors {words}"):
+            open_checkpoint(tmp_path / "w.safetensors")
+
+
+def test_a_rehearsal_checks_everything_and_reads_nothing(model, base):
+    checkpoint = open_checkpoint(base)
+    checkpoint.sources.clear()  # whoever reads fails
+    rehearsed = build(Tiny, model.config, base)
+    assign(rehearsed, rows_of(rehearsed, checkpoint), checkpoint, device="meta")
+    assert rehearsed.first.weight.is_meta
+    with pytest.raises(UserError, match="does not fit this Tiny"):
+        assign(build(Tiny, {"width": 7}, base), rows_of(model, checkpoint), checkpoint, (), "meta")
+
+
 def test_an_unknown_kind_of_file_and_an_absent_one_are_refused(tmp_path):
     (tmp_path / "weights.gguf").touch()
     with pytest.raises(UserError, match="weights are .safetensors"):
