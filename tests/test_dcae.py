@@ -1,5 +1,6 @@
 """Why believe dcae.py: the reference's numbers and names, and what holds by construction."""
 
+import inspect
 import json
 import sys
 from itertools import pairwise
@@ -154,6 +155,32 @@ def test_a_random_model_saved_by_diffusers_gives_diffusers_images(change, tmp_pa
 
 
 # ---- names
+
+
+SCALING_FACTORS = {
+    "f32c32-in-1.0": 0.3189,
+    "f32c32-mix-1.0": 0.4552,
+    "f32c32-sana-1.0": 0.41407,
+    "f32c32-sana-1.1": 0.41407,
+    "lite-f32c32-sana-1.1": 0.41407,
+    "f64c128-in-1.0": 0.2889,
+    "f64c128-mix-1.0": 0.4538,
+    "f128c512-in-1.0": 0.4883,
+    "f128c512-mix-1.0": 0.362,
+    "f64c128-1.5": 0.5935,
+}
+
+
+@pytest.mark.parametrize("preset", SCALING_FACTORS)
+def test_presets_scale_latents_as_the_models_trained_on_them_expect(preset):
+    assert PRESETS[f"dc-ae-{preset}"]["config"]["scaling_factor"] == SCALING_FACTORS[preset]
+
+
+def test_what_a_config_leaves_out_is_what_diffusers_takes():
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is the reference here")
+    theirs = inspect.signature(diffusers.AutoencoderDC).parameters
+    for name, ours in inspect.signature(DCAE).parameters.items():
+        assert ours.default == theirs[name].default, name
 
 
 @pytest.mark.parametrize("preset", PARAMETERS)

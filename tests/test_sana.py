@@ -1,5 +1,6 @@
 """Why believe models/sana.py: the reference's numbers and names, and what holds by construction."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -337,6 +338,13 @@ def test_preset_has_the_official_names_and_shapes(preset, keys):
         assert (join(*parts) if join else parts[0]).shape == ours[name].shape, name
         used += theirs
     assert sorted(used) == sorted(name for name in official if not sana.DROPPED.search(name))
+
+
+def test_what_a_config_leaves_out_is_what_diffusers_takes():
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is the reference here")
+    theirs = inspect.signature(diffusers.SanaTransformer2DModel).parameters
+    for name, ours in inspect.signature(Sana).parameters.items():
+        assert ours.default == theirs[name].default, name
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Why believe models/text.py."""
 
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from models import text, weights
 from models.text import ToyText
@@ -170,8 +172,6 @@ def test_sana_text_is_diffusers(tmp_path, capsys):
 
 def test_the_instruction_is_the_one_sana_was_trained_with():
     diffusers = pytest.importorskip("diffusers", reason="the reference is not installed")
-    import inspect
-
     signature = inspect.signature(diffusers.SanaPipeline.__call__)
     lines = signature.parameters["complex_human_instruction"].default
     assert text.INSTRUCTION == "\n".join(lines)
@@ -190,9 +190,26 @@ def test_cached_embeddings_need_no_encoder(tmp_path, monkeypatch):
         text.encode("sana", source, ["a fox"], [""], cache=cache)
 
 
-def test_an_encoder_with_missing_tensors_is_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
+def test_padding_is_on_the_right_whatever_the_tokenizer_says(tmp_path):
+    saved(tiny_sana_text(), tmp_path)
+    masks = []
+    for side in ("left", "right"):
+        config = tmp_path / "tokenizer" / "tokenizer_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"padding_side": side}))
+        masks.append(text.encode("sana", str(tmp_path), [""], ["a fox"])[1][1])
+    assert torch.equal(*masks) and masks[0][0, :2].all()
 
+
+def test_an_encoder_in_a_pickle_is_refused(tmp_path):
+    source = saved(tiny_flux_text(), tmp_path)
+    file = tmp_path / "text_encoder_2" / "model.safetensors"
+    torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+    file.unlink()
+    with pytest.raises(weights.UserError, match="cannot load tokenizer_2 and text_encoder_2"):
+        text.encode("flux", source, ["a"])
+
+
+def test_an_encoder_with_missing_tensors_is_refused(tmp_path):
     source = saved(tiny_flux_text(), tmp_path)
     file = tmp_path / "text_encoder_2" / "model.safetensors"
     tensors = load_file(file)

@@ -112,6 +112,14 @@ def test_the_full_size_model_has_the_official_number_of_parameters():
     assert (model.stride, model.latent_channels) == (8, 16)
 
 
+def test_a_file_in_bfls_names_needs_no_config(tmp_path):
+    shapes = official_shapes("flux-vae-bfl")
+    tensors = {name: torch.zeros(shape, dtype=torch.int8) for name, shape in shapes.items()}
+    save_file(tensors, tmp_path / "ae.safetensors")
+    model = FluxVAE.from_pretrained(tmp_path / "ae.safetensors", "meta")
+    assert (model.scaling_factor, model.shift_factor, model.latent_channels) == (0.3611, 0.1159, 16)
+
+
 # ---- mutations: a wrong model must not pass for the right one
 
 
@@ -156,6 +164,14 @@ def test_the_mean_is_deterministic_and_a_sample_follows_its_generator():
     assert first.shape == (1, 4, 2, 3)
     with pytest.raises(AssertionError, match="image of 20x16: both sides must be multiples of 8"):
         model.encode(torch.rand(1, 3, 16, 20))
+
+
+def test_a_log_variance_out_of_all_proportion_is_clamped():
+    model = FluxVAE(**TINY)
+    torch.nn.init.constant_(model.encoder.conv_out.bias[4:6], 1e3)
+    torch.nn.init.constant_(model.encoder.conv_out.bias[6:8], -1e3)
+    _, logvar = model.moments(torch.rand(1, 3, 16, 24) * 2 - 1)
+    assert (logvar[:, :2] == 20).all() and (logvar[:, 2:] == -30).all()
 
 
 @pytest.mark.parametrize("attention", [True, False])
