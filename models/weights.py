@@ -50,10 +50,17 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sentence = str(error)
+    except torch.OutOfMemoryError as error:
+        sentence = (
+            f"{str(error).split('. ')[0]}: a smaller picture or batch, or --dtype bf16, may fit"
+        )
     except KeyboardInterrupt:
         sys.exit(130)
+    else:
+        return
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
 
 
 class Parser(argparse.ArgumentParser):

@@ -603,11 +603,17 @@ def test_a_users_mistake_is_a_line_on_stderr_and_code_2(capsys):
     def interrupted():
         raise KeyboardInterrupt
 
-    for main, code in ((mistaken, 2), (interrupted, 130)):
+    def greedy():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12 GiB. GPU 0 ...")
+
+    for main, code in ((mistaken, 2), (interrupted, 130), (greedy, 2)):
         with pytest.raises(SystemExit) as stop:
             weights.run(main)
         assert stop.value.code == code
-    assert capsys.readouterr().err == "error: got this, wanted that, do so\n"
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "error: got this, wanted that, do so"
+    assert lines[1].startswith("error: CUDA out of memory: a smaller picture or batch")
+    weights.run(lambda: None)
 
 
 def test_devices_and_dtypes_are_picked_or_refused():
