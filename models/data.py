@@ -122,8 +122,8 @@ def open_folder(folder: str | Path, resolution: int) -> Folder:
     captions = read_table(table) if table.exists() else read_sidecars(pictures)
     if not captions:
         raise UserError(
-            f"{folder} holds pictures ({len(pictures)}) and no captions: put {pictures[0].stem}.txt "
-            f"beside {pictures[0].name} and so on, or all of them into {table}"
+            f"{folder} holds pictures ({len(pictures)}) and no captions: put {pictures[0].stem}.txt"
+            f" beside {pictures[0].name} and so on, or all of them into {table}"
         )
 
     def look(path: Path) -> tuple[str, str]:
