@@ -1,6 +1,6 @@
 """Sampling: from a prompt and a seed to a picture, along a differential equation.
 
-What    python sample.py --model dc-gen-toy --prompt "a red circle left of a blue square"
+What    python sample.py --prompt "a red circle left of a blue square"
         Schedules (which noise levels to visit), solvers (how to step between them), guidance, and
         the whole trip: text, transformer, autoencoder, PNG. A PNG carries its recipe; --from
         x.png repeats it.
