@@ -254,22 +254,23 @@ def describe_pipeline(folder: Path, source: str) -> dict:
     network = weights.read_json(folder / "transformer" / "config.json")
     scheduler = weights.read_json(folder / "scheduler" / "scheduler_config.json")
     odd = [f"{k}={v}" for k, v in scheduler.items() if STANDARD.get(k, v) != v]
-    dynamic = scheduler.get("use_dynamic_shifting")
+    dynamic, shift = scheduler.get("use_dynamic_shifting"), scheduler.get("shift", 1.0)
     kinds = (network.get("_class_name"), scheduler.get("_class_name"))
     parts = dict.fromkeys(("transformer", "repo", "autoencoder"), source)
     if kinds[0] == "SanaTransformer2DModel" and not odd and not dynamic:
-        stride = 64 if network["in_channels"] == 128 else 32
-        spec = dict(SANA, **parts, size=stride * network["sample_size"])
+        stride = 64 if network.get("in_channels") == 128 else 32
+        spec = dict(SANA, **parts, size=stride * network.get("sample_size", 32))
         if kinds[1] == "DPMSolverMultistepScheduler":
-            return dict(spec, shift=scheduler["flow_shift"])
+            return dict(spec, shift=scheduler.get("flow_shift", 1.0))
         if kinds[1] == "FlowMatchEulerDiscreteScheduler":
-            return dict(spec, schedule="sana-euler", solver="euler", shift=scheduler["shift"])
+            return dict(spec, schedule="sana-euler", solver="euler", shift=shift)
     if kinds == ("FluxTransformer2DModel", "FlowMatchEulerDiscreteScheduler") and not odd:
-        spec = describe_flux(network["in_channels"], network["guidance_embeds"]) | parts
+        channels, guidance = network.get("in_channels", 64), network.get("guidance_embeds", False)
+        spec = describe_flux(channels, guidance) | parts
         if spec["schedule"] == "dc-gen-1k":  # whatever its scheduler says
             return spec
-        shift = None if dynamic else scheduler["shift"]
-        return dict(spec, text="flux", schedule="flux", shift=shift)  # 512 tokens, schnell too
+        # Its text is 512 tokens, also schnell's.
+        return dict(spec, text="flux", schedule="flux", shift=None if dynamic else shift)
     raise UserError(f"{source}: {kinds[0]} with {kinds[1]} ({', '.join(odd)}) is not known here")
 
 

@@ -343,10 +343,13 @@ def open_pickle(path: Path, config: dict | None) -> Checkpoint:
         raise UserError(
             f"{path} is damaged, or older than PyTorch 1.6 ({reason}): fetch it again"
         ) from None
-    tensors = tensors.get("state_dict", tensors) if isinstance(tensors, dict) else {}
-    strange = [name for name, tensor in tensors.items() if not isinstance(tensor, Tensor)]
-    if strange or not tensors:
-        raise UserError(f"{path} is no state dict: found {strange[:5] or 'no tensors'}")
+    if isinstance(tensors, dict):
+        tensors = tensors.get("state_dict", tensors)
+    if not isinstance(tensors, dict) or not tensors:
+        raise UserError(f"{path} is no state dict: found no tensors")
+    strange = [n for n, t in tensors.items() if not (isinstance(n, str) and isinstance(t, Tensor))]
+    if strange:
+        raise UserError(f"{path} is no state dict: found {strange[:5]}")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return Checkpoint(path, config, {}, shapes, tensors)
 

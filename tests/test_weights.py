@@ -328,7 +328,12 @@ def test_a_damaged_pickle_is_one_sentence(model, tmp_path):
 
 
 def test_a_pickle_of_something_else_is_no_state_dict(tmp_path):
-    for thing, words in (([1, 2], "no tensors"), ({"w": 3}, "found ['w']"), ({}, "no tensors")):
+    things = {
+        "no tensors": ([1, 2], {}, {"state_dict": [torch.ones(1)]}, torch.ones(1)),
+        "found ['w']": ({"w": 3}, {"state_dict": {"w": 3}}),
+        "found [1]": ({1: torch.ones(1)},),
+    }
+    for words, thing in ((words, thing) for words in things for thing in things[words]):
         torch.save(thing, tmp_path / "thing.pt")
         with pytest.raises(UserError, match=re.escape(words)):
             open_checkpoint(tmp_path / "thing.pt")
