@@ -1,0 +1,82 @@
+"""Compile kernels ahead of time, for GPUs that are not here: what a test runs beside itself.
+
+python tests/aot.py '[["kernels", "quantize_rows_kernel", {"matrix": "*bf16", ...}, {"BLOCK": 4096},
+{"num_warps": 4}], ...]' [capability ...] prints, as JSON, one object for each kernel and capability:
+registers a thread, bytes spilled, bytes of shared memory, and the PTX's matrix instructions.
+(Beside, because a process that interprets kernels cannot compile them.)
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)
+ROOT = Path(__file__).parent.parent
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+
+def compile_one(module: str, name: str, signature: dict, constants: dict, options: dict, cap: int):
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(module), name)
+    signature = {arg: signature.get(arg, "constexpr") for arg in kernel.arg_names}
+    unknown = [a for a, kind in signature.items() if kind == "constexpr" and a not in constants]
+    assert not unknown, f"{name}: neither typed nor constant: {unknown}"
+    # As at run time: pointers and strides are multiples of 16, and the compiler may rely on it.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, kind in enumerate(signature.values())
+        if kind.startswith("*") or kind == "i32"
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", cap, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    usage = resource_usage(compiled.asm["cubin"])
+    return {
+        "kernel": name,
+        "sm": cap,
+        "registers": usage["REG"],
+        "spilled": usage["STACK"] + usage["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "mma": sorted(set(re.findall(r"\b(wgmma\.mma_async[\w.]*|mma\.sync[\w.]*)", ptx))),
+        "wait": re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx),
+        "tma": "cp.async.bulk.tensor" in ptx,
+    }
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", out)}
+
+
+def compile_all(jobs: list[list], capabilities: tuple[int, ...] = (90, 120)) -> list[dict]:
+    """In a process of its own; [module, kernel, signature, constants, options] a job."""
+    command = [sys.executable, __file__, json.dumps(jobs), *map(str, capabilities)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    jobs, capabilities = json.loads(sys.argv[1]), [int(cap) for cap in sys.argv[2:]]
+    rows = [compile_one(*job, cap) for job in jobs for cap in capabilities]
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
