@@ -26,17 +26,20 @@ import math
 import re
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import dcae
-from models import flux, sana, text, vae, weights
+from models import flux, kernels, sana, text, vae, weights
+from models.kernels import describe_tiles, jit, tl, triton
 from models.weights import UserError
 
 
@@ -57,11 +60,18 @@ class Config:
     text_cache: str = ""  # a .safetensors file that keeps text embeddings
     out: str = "samples"  # a folder; or one .png
     from_: str = ""  # a PNG to repeat, or the .latents.safetensors of a decode that failed
+    attention: str = ""  # torch | triton; "": triton on a GPU with TMA (sm_90 and up)
     device: str = ""  # "": cuda, then mps, then cpu
     dtype: str = ""  # of the weights: fp32, bf16, fp16; "": fp32 on the CPU and for toys, else bf16
 
 
-HERE = ("out", "weights", "text_cache", "from_")  # belong to a machine, not to a recipe
+HERE = (
+    "out",
+    "weights",
+    "text_cache",
+    "from_",
+    "attention",
+)  # belong to a machine, not to a recipe
 
 
 # ---- schedule
@@ -189,6 +199,157 @@ def predict(
     doubled = torch.cat([noisy_latents, noisy_latents])  # (2B, C, h, w)
     without, with_text = model(doubled, t, *both).float().chunk(2)
     return without + guidance * (with_text - without)
+
+
+# ---- attention
+
+LOG2_E = math.log2(math.e)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(hd) + mask) v, in fp32, for q (B, nh, N, hd) and k, v (B, nh, L, hd).
+
+    `attn_mask` (B, 1, 1, L) is added to the logits; if it is boolean, False is a padded key.
+    """
+    logits = q.float() @ k.float().mT / math.sqrt(q.shape[-1])  # (B, nh, N, L)
+    if attn_mask is not None:
+        logits = logits + additive(attn_mask)
+    return (logits.softmax(-1) @ v.float()).type_as(q)  # (B, nh, N, hd)
+
+
+def additive(mask: Tensor) -> Tensor:
+    """A boolean mask as what to add to a logit: log 1 = 0, log 0 = -inf."""
+    return mask.float().log() if mask.dtype == torch.bool else mask.float()
+
+
+@jit
+def attention_kernel(
+    q, k, v, out,  # descriptors of (B, nh, N or L, hd), cut into (1, 1, BLOCK, BLOCK_D)
+    bias, bias_stride,  # fp32 (B, L), log2(e) times what is added to a logit
+    keys, heads, scale,  # scale: log2(e) / sqrt(hd), as the hardware's exponential is 2^x
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, STAGES: tl.constexpr,  # blocks of k and v in flight
+):  # fmt: skip
+    """A program owns BLOCK_M queries of one head and walks over the keys, BLOCK_N at a time:
+
+    for k, v in blocks:
+        logits = q k^T scale + bias              (BLOCK_M, BLOCK_N): never leaves the chip
+        top, old = max(top, rowmax(logits)), top
+        p = 2^(logits - top)                     of the largest logit so far: no overflow
+        total = total 2^(old - top) + rowsum(p)  what was summed before shrinks accordingly
+        acc = acc 2^(old - top) + p v
+    out = acc / total
+
+    Descriptors (TMA from sm_90 on) read zeros beyond the ends and write nothing there.
+    """
+    start = tl.program_id(0) * BLOCK_M
+    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    bias += batch * bias_stride
+    queries = q.load([batch, head, start, 0]).reshape([BLOCK_M, BLOCK_D])
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    full = keys // BLOCK_N * BLOCK_N  # these need no mask, and pay for none
+    for first in tl.range(0, full, BLOCK_N, num_stages=STAGES):
+        block = k.load([batch, head, first, 0]).reshape([BLOCK_N, BLOCK_D])
+        logits = tl.dot(queries, block.T) * scale
+        p, top, total, shrink = attend_block(
+            logits, bias, first, keys, top, total, BLOCK_N, HAS_BIAS, False
+        )
+        block = v.load([batch, head, first, 0]).reshape([BLOCK_N, BLOCK_D])
+        acc = tl.dot(p.to(block.dtype), block, acc * shrink[:, None])
+    if full < keys:
+        block = k.load([batch, head, full, 0]).reshape([BLOCK_N, BLOCK_D])
+        logits = tl.dot(queries, block.T) * scale
+        p, top, total, shrink = attend_block(
+            logits, bias, full, keys, top, total, BLOCK_N, HAS_BIAS, True
+        )
+        block = v.load([batch, head, full, 0]).reshape([BLOCK_N, BLOCK_D])
+        acc = tl.dot(p.to(block.dtype), block, acc * shrink[:, None])
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # 0: every key is padding
+    out.store([batch, head, start, 0], acc.to(out.dtype).reshape([1, 1, BLOCK_M, BLOCK_D]))
+
+
+@jit
+def attend_block(
+    logits, bias, first, keys, top, total,
+    BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """(p, top, total, shrink) of one block, as above."""
+    if HAS_BIAS or RAGGED:
+        columns = first + tl.arange(0, BLOCK_N)
+    if HAS_BIAS:
+        logits += tl.load(bias + columns, columns < keys, 0.0)[None, :]
+    if RAGGED:
+        logits = tl.where((columns < keys)[None, :], logits, float("-inf"))
+    new_top = tl.maximum(top, tl.max(logits, 1))
+    if HAS_BIAS:  # all padding so far: -inf - -inf is no number
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    else:
+        base = new_top
+    p = tl.math.exp2(logits - base[:, None])
+    shrink = tl.math.exp2(top - base)
+    return p, new_top, total * shrink + tl.sum(p, 1), shrink
+
+
+# (BLOCK_M, BLOCK_N, warps, stages, registers a thread at most) by generation of the GPU and BLOCK_D.
+TILE = (128, 64, 8, 2, None)
+TILES = {
+    # Two programs to a multiprocessor: the tensor cores serve one while the other takes exponents.
+    (9, 128): (128, 64, 8, 2, 128),
+    (8, 128): (128, 32, 8, 2, None),
+}
+
+
+def triton_attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, tile: tuple | None = None
+) -> Tensor:
+    """`attention` by the kernel, for hd <= 256; any strides, as of views into a joint qkv."""
+    (batch, heads, queries, head_dim), keys = q.shape, k.shape[2]
+    assert k.shape == v.shape == (batch, heads, keys, head_dim) and head_dim <= 256, (
+        f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "
+        f"wanted (B, nh, N, hd) and twice (B, nh, L, hd), hd <= 256"
+    )
+    assert q.dtype in (torch.bfloat16, torch.float16) or kernels.INTERPRETED, (
+        f"{q.dtype}: tensor cores take bf16 and fp16"
+    )
+    if head_dim % 8 or any(t.data_ptr() % 16 for t in (q, k, v)):  # rows that TMA cannot address
+        q, k, v = (F.pad(t, (0, -head_dim % 8)).clone() for t in (q, k, v))
+    block_d = max(triton.next_power_of_2(head_dim), 16)
+    major = 0 if kernels.INTERPRETED else torch.cuda.get_device_capability(q.device)[0]
+    tile = tile or TILES.get((major, block_d), TILE)
+    block_m, block_n, warps, stages, registers = tile
+    bias, bias_stride = q, 0  # not read
+    if attn_mask is not None:
+        assert attn_mask.shape[1:] == (1, 1, keys), f"mask {tuple(attn_mask.shape)}: (B, 1, 1, L)"
+        bias = (additive(attn_mask).flatten(1) * LOG2_E).contiguous()  # (B, L)
+        bias_stride = keys if len(bias) > 1 else 0
+    # Heads side by side in a row, so that joining them is a view.
+    out = q.new_empty(batch, queries, heads, q.shape[3]).transpose(1, 2)
+    cut = {"q": (q, block_m), "k": (k, block_n), "v": (v, block_n), "out": (out, block_m)}
+    described = {name: describe_tiles(t, [1, 1, n, block_d]) for name, (t, n) in cut.items()}
+    attention_kernel[(triton.cdiv(queries, block_m), batch * heads)](
+        **described, bias=bias, bias_stride=bias_stride, keys=keys, heads=heads,
+        scale=LOG2_E / math.sqrt(head_dim), BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=block_d,
+        HAS_BIAS=attn_mask is not None, STAGES=stages, num_warps=warps, maxnreg=registers,
+    )  # fmt: skip
+    return out[..., :head_dim]
+
+
+def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Callable]:
+    """(torch | triton, the function): what `name` says, or the faster one here."""
+    usable = kernels.runs_on(device) and (dtype != torch.float32 or kernels.INTERPRETED)
+    if name == "triton" and not usable:
+        raise UserError(
+            f"--attention triton on {device} in {str(dtype)[6:]}: it wants Triton, an NVIDIA GPU "
+            f"from sm_80 on, and --dtype bf16 or fp16; --attention torch runs anywhere"
+        )
+    if name not in ("", "torch", "triton"):
+        raise UserError(f"--attention {name!r}: wanted torch or triton")
+    # Below sm_90 there is no TMA, and torch's FlashAttention-2 is at home.
+    hopper = usable and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    name = name or ("triton" if hopper else "torch")
+    return name, triton_attention if name == "triton" else F.scaled_dot_product_attention
 
 
 # ---- model
@@ -576,6 +737,8 @@ def main() -> None:
     device = weights.pick_device(config.device)
     spec = describe(config.model, config.autoencoder)
     config = complete(config, spec, device)
+    name, attend = pick_attention(config.attention, device, weights.pick_dtype(config.dtype))
+    config = replace(config, attention=name)
     dtype, size = weights.pick_dtype(config.dtype), parse_size(config.size)
     jobs = read_jobs(config)
     paths = output_paths(config.out, jobs)
@@ -593,6 +756,7 @@ def main() -> None:
     make_folder(paths[0].parent)
     times.append(clock(device))
     _, transformer, autoencoder = load_pipeline(*parts, device, dtype)
+    transformer.attention = attend
     times.append(clock(device))
     seconds = {"text": times[1] - times[0], "load": times[2] - times[1], "sample": 0, "decode": 0}
     batches = range(0, len(jobs), config.batch_size)
@@ -618,7 +782,7 @@ def print_header(
     print(
         f"sample | {config.model} + {spec['autoencoder']} | {config.size}, {tokens} tokens | "
         f"{config.steps} {spec['solver']} steps, guidance {config.guidance:g} | {config.dtype} | "
-        f"seed {config.seed} | {config.device}"
+        f"seed {config.seed} | {config.device}, {config.attention} attention"
     )
     made = f"{grid[1] * stride}x{grid[0] * stride}"
     if made != config.size:

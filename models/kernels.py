@@ -23,6 +23,7 @@ from torch import Tensor, nn
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # macOS, Windows: what a definition of a kernel needs, to read past it
     triton, tl = None, SimpleNamespace(constexpr=bool)
 
@@ -38,6 +39,15 @@ def runs_on(device: torch.device) -> bool:
     if triton is None or device.type != "cuda" or torch.version.hip:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def describe_tiles(tensor: Tensor, tile: list[int]) -> "TensorDescriptor":
+    """What a kernel loads and stores tiles through. The TMA engine wants strides of 16 bytes."""
+    size = tensor.element_size()
+    strides = [n if length > 1 else 16 for n, length in zip(tensor.stride(), tensor.shape)]
+    aligned = tensor.data_ptr() % 16 == 0 and all(n * size % 16 == 0 for n in strides[:-1])
+    assert tensor.stride(-1) == 1 and aligned, f"strides {tensor.stride()} of {tensor.dtype}"
+    return TensorDescriptor(tensor, list(tensor.shape), [*strides[:-1], 1], tile)
 
 
 # ---- FP8, a scale a row
