@@ -17,8 +17,10 @@ p patch, nh hd heads and their width.
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +47,7 @@ def sinusoid(value: Tensor) -> Tensor:
 
 
 def rope_table(
-    text_length: int, grid: tuple[int, int], axes: list[int], stride: int, device: torch.device
+    text_length: int, grid: tuple[int, int], axes: Sequence[int], stride: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """(L + N, 1, hd) each: cos and sin of id * theta^(-2j / axis), as `rotate` wants them.
 
@@ -65,6 +67,9 @@ def rope_table(
     angle = torch.cat(angles, dim=-1)[:, None, :, None]  # (L + N, 1, hd / 2, 1)
     cos, sin = angle.cos().float(), angle.sin().float()
     return torch.cat((cos, cos), dim=-1).flatten(2), torch.cat((-sin, sin), dim=-1).flatten(2)
+
+
+kept_rope_table = lru_cache(maxsize=2)(rope_table)  # the steps of a picture share one
 
 
 def rotate(heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -140,13 +145,42 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, rope: tuple[Tensor, Tensor], attention: Callable
-) -> Tensor:
+def split_heads(
+    streams: list[tuple[Tensor, QKNorm]], rope: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[(qkv (B, n, 3D), its norm)] -> q, k, v (B, sum of n, nh, hd), normalised and rotated."""
+    q, k, v = (torch.cat(parts, dim=1) for parts in zip(*(norm(qkv) for qkv, norm in streams)))
+    return rotate(q, rope).type_as(v), rotate(k, rope).type_as(v), v
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, attention: Callable) -> Tensor:
     """q, k, v (B, L + N, nh, hd) -> (B, L + N, D)."""
-    q, k = rotate(q, rope).type_as(v), rotate(k, rope).type_as(v)
     out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, nh, L + N, hd)
     return out.transpose(1, 2).flatten(2)
+
+
+def add_gated(hidden: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    return hidden + gate * branch
+
+
+def apply_mlp(mlp: nn.Sequential, hidden: Tensor) -> Tensor:
+    return mlp(hidden)
+
+
+def join_gelu(attended: Tensor, mlp: Tensor) -> Tensor:
+    """(B, N, D), (B, N, 4D) -> (B, N, 5D): what the last layer of a single block reads."""
+    return torch.cat((attended, F.gelu(mlp, approximate="tanh")), dim=-1)
+
+
+# What a block does between its matrix products. `ops` of a block may be set to functions of the
+# same names that do it in fewer passes over memory, as those of models/kernels.py.
+PLAIN = SimpleNamespace(
+    modulate=modulate,
+    split_heads=split_heads,
+    add_gated=add_gated,
+    apply_mlp=apply_mlp,
+    join_gelu=join_gelu,
+)
 
 
 def clip(hidden: Tensor) -> Tensor:
@@ -159,6 +193,8 @@ def clip(hidden: Tensor) -> Tensor:
 
 class DoubleStreamBlock(nn.Module):
     """Text and image keep their own weights; one attention over [text, image] lets them meet."""
+
+    ops = PLAIN
 
     def __init__(self, width: int, head_dim: int):
         super().__init__()
@@ -175,28 +211,32 @@ class DoubleStreamBlock(nn.Module):
     def forward(
         self, img: Tensor, txt: Tensor, condition: Tensor, rope: tuple, attention: Callable
     ) -> tuple[Tensor, Tensor]:
+        ops = self.ops
         img_mod, txt_mod = self.img_mod(condition), self.txt_mod(condition)
         img_shift, img_scale, img_gate, *img_mlp_mod = img_mod
         txt_shift, txt_scale, txt_gate, *txt_mlp_mod = txt_mod
 
-        img_qkv = self.img_attn.qkv(modulate(img, img_shift, img_scale))  # (B, N, 3D)
-        txt_qkv = self.txt_attn.qkv(modulate(txt, txt_shift, txt_scale))  # (B, L, 3D)
-        streams = zip(self.txt_attn.norm(txt_qkv), self.img_attn.norm(img_qkv))
-        q, k, v = (torch.cat(pair, dim=1) for pair in streams)  # (B, L + N, nh, hd) each
-        joint = attend(q, k, v, rope, attention)  # (B, L + N, D)
+        img_qkv = self.img_attn.qkv(ops.modulate(img, img_shift, img_scale))  # (B, N, 3D)
+        txt_qkv = self.txt_attn.qkv(ops.modulate(txt, txt_shift, txt_scale))  # (B, L, 3D)
+        streams = [(txt_qkv, self.txt_attn.norm), (img_qkv, self.img_attn.norm)]
+        q, k, v = ops.split_heads(streams, rope)  # (B, L + N, nh, hd) each
+        joint = attend(q, k, v, attention)  # (B, L + N, D)
         txt_out, img_out = joint.split((txt.shape[1], img.shape[1]), dim=1)
 
-        img = img + img_gate * self.img_attn.proj(img_out)
-        txt = txt + txt_gate * self.txt_attn.proj(txt_out)
+        img = ops.add_gated(img, img_gate, self.img_attn.proj(img_out))
+        txt = ops.add_gated(txt, txt_gate, self.txt_attn.proj(txt_out))
         img_shift, img_scale, img_gate = img_mlp_mod
         txt_shift, txt_scale, txt_gate = txt_mlp_mod
-        img = img + img_gate * self.img_mlp(modulate(img, img_shift, img_scale))
-        txt = txt + txt_gate * self.txt_mlp(modulate(txt, txt_shift, txt_scale))
+        img_mlp = ops.apply_mlp(self.img_mlp, ops.modulate(img, img_shift, img_scale))
+        txt_mlp = ops.apply_mlp(self.txt_mlp, ops.modulate(txt, txt_shift, txt_scale))
+        img, txt = ops.add_gated(img, img_gate, img_mlp), ops.add_gated(txt, txt_gate, txt_mlp)
         return clip(img), clip(txt)
 
 
 class SingleStreamBlock(nn.Module):
     """One stream [text, image]; attention and MLP read the same normed input, side by side."""
+
+    ops = PLAIN
 
     def __init__(self, width: int, head_dim: int):
         super().__init__()
@@ -210,15 +250,18 @@ class SingleStreamBlock(nn.Module):
         self, hidden: Tensor, condition: Tensor, rope: tuple, attention: Callable
     ) -> Tensor:
         shift, scale, gate = self.modulation(condition)
-        qkv, mlp = self.linear1(modulate(hidden, shift, scale)).split(self.widths, dim=-1)
-        attended = attend(*self.norm(qkv), rope, attention)  # (B, L + N, D)
-        mlp = F.gelu(mlp, approximate="tanh")  # (B, L + N, 4D)
-        hidden = hidden + gate * self.linear2(torch.cat((attended, mlp), dim=-1))
-        return clip(hidden)
+        normed = self.ops.modulate(hidden, shift, scale)
+        qkv, mlp = self.linear1(normed).split(self.widths, dim=-1)  # (B, L + N, 3D), (.., 4D)
+        q, k, v = self.ops.split_heads([(qkv, self.norm)], rope)
+        attended = attend(q, k, v, attention)  # (B, L + N, D)
+        out = self.linear2(self.ops.join_gelu(attended, mlp))
+        return clip(self.ops.add_gated(hidden, gate, out))
 
 
 class LastLayer(nn.Module):
     """Modulated LayerNorm, then back to latent channels."""
+
+    ops = PLAIN
 
     def __init__(self, width: int, out_channels: int):
         super().__init__()
@@ -228,7 +271,7 @@ class LastLayer(nn.Module):
     def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
         # The SiLU of the Sequential holds a place in the checkpoint's names; it is in `condition`.
         shift, scale = self.adaLN_modulation[1](condition)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(hidden, shift, scale))
+        return self.linear(self.ops.modulate(hidden, shift, scale))
 
 
 # ---- model
@@ -335,8 +378,8 @@ class Flux(nn.Module):
         img = self.embed(noisy_latents.to(dtype))  # (B, N, D)
         txt = self.txt_in(text.to(dtype))  # (B, L, D)
         condition = self.condition(timestep, guidance, pooled_text.to(dtype))  # (B, D)
-        grid, axes = (height // p, width // p), self.config["axes_dims_rope"]
-        rope = rope_table(length, grid, axes, self.config["position_stride"], img.device)
+        grid, axes = (height // p, width // p), tuple(self.config["axes_dims_rope"])
+        rope = kept_rope_table(length, grid, axes, self.config["position_stride"], img.device)
 
         for block in self.double_blocks:
             img, txt = block(img, txt, condition, rope, self.attention)

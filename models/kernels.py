@@ -13,6 +13,8 @@ Shapes: B batch, N tokens, D width, M rows (all leading dimensions together), K 
 """
 
 import os
+import re
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -50,7 +52,7 @@ def describe_tiles(tensor: Tensor, tile: list[int]) -> "TensorDescriptor":
     return TensorDescriptor(tensor, list(tensor.shape), [*strides[:-1], 1], tile)
 
 
-# ---- FP8, a scale a row
+# ---- rows
 
 E4M3_MAX = 448.0
 TINY = 1e-12  # the least scale: a row of zeros stays zeros
@@ -63,26 +65,22 @@ class Rows(NamedTuple):
     scale: Tensor  # (..., 1), fp32: the largest magnitude of the row is 448
 
 
-def quantize_rows(matrix: Tensor) -> Rows:
-    """(..., K) to e4m3, every row scaled on its own: an outlier costs its own row alone. Lossy."""
-    if not runs_on(matrix.device):
-        scale = (matrix.float().abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=TINY)
-        return Rows((matrix.float() / scale).to(torch.float8_e4m3fn), scale)
-    rows = matrix.reshape(-1, matrix.shape[-1])  # (M, K), a view wherever it can be
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    data = torch.empty(matrix.shape, dtype=torch.float8_e4m3fn, device=matrix.device)
-    scale = torch.empty((*matrix.shape[:-1], 1), dtype=torch.float32, device=matrix.device)
-    block, warps = row_block(rows.shape[1])
-    quantize_rows_kernel[(len(rows),)](
-        rows, data, scale, rows.stride(0), rows.shape[1], BLOCK=block, num_warps=warps
-    )
-    return Rows(data, scale)
-
-
 def row_block(columns: int) -> tuple[int, int]:
-    """(block, warps) for a program that keeps a whole row in registers: 16 to 32 values a thread."""
+    """(block, warps) for a program that keeps a row in registers: 8 to 32 values a thread."""
     block = triton.next_power_of_2(columns)
-    return block, min(max(block // 1024, 1), 16)
+    return block, min(max(block // 512, 1), 16)
+
+
+def rows_of(hidden: Tensor) -> Tensor:
+    """(..., K) -> (M, K) with neighbouring columns side by side: a view wherever it can be."""
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def empty_rows(shape: tuple[int, ...], like: Tensor, fp8: bool) -> tuple[Tensor, Tensor]:
+    """Where a kernel that ends in `store_row` writes: (data, scale); no scale is read in bf16."""
+    data = like.new_empty(shape, dtype=torch.float8_e4m3fn if fp8 else like.dtype)
+    return data, like.new_empty((*shape[:-1], 1), dtype=torch.float32) if fp8 else data
 
 
 @jit
@@ -97,12 +95,32 @@ def to_e4m3(values):
 
 
 @jit
-def store_rows(data, scale, row, offsets, mask, values, BLOCK: tl.constexpr):
-    """scale[row] = max |values| / 448;  data[offsets] = values / scale[row]"""
-    row_scale = tl.maximum(tl.max(tl.abs(values), 0) / 448.0, 1e-12)
-    scaled = tl.minimum(tl.maximum(values / row_scale, -448.0), 448.0)  # 448 (1 + 2^-23) is not
-    tl.store(data + offsets, to_e4m3(scaled), mask)
-    tl.store(scale + row, row_scale)
+def store_row(data, scale, row, offsets, mask, values, FP8: tl.constexpr):
+    """data[offsets] = values, rounded; with FP8 by scale[row] = max |values| / 448."""
+    if FP8:
+        row_scale = tl.maximum(tl.max(tl.abs(values), 0) / 448.0, 1e-12)
+        scaled = tl.minimum(tl.maximum(values / row_scale, -448.0), 448.0)  # not 448 (1 + 2^-23)
+        tl.store(data + offsets, to_e4m3(scaled), mask)
+        tl.store(scale + row, row_scale)
+    else:
+        tl.store(data + offsets, values.to(data.dtype.element_ty), mask)
+
+
+# ---- FP8 linear layers
+
+
+def quantize_rows(matrix: Tensor) -> Rows:
+    """(..., K) to e4m3, every row scaled on its own: an outlier costs its own row alone. Lossy."""
+    if not runs_on(matrix.device):
+        scale = (matrix.float().abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=TINY)
+        return Rows((matrix.float() / scale).to(torch.float8_e4m3fn), scale)
+    rows = rows_of(matrix)
+    data, scale = empty_rows(matrix.shape, matrix, fp8=True)
+    block, warps = row_block(rows.shape[1])
+    quantize_rows_kernel[(len(rows),)](
+        rows, data, scale, rows.stride(0), rows.shape[1], BLOCK=block, num_warps=warps
+    )
+    return Rows(data, scale)
 
 
 @jit
@@ -112,7 +130,7 @@ def quantize_rows_kernel(matrix, data, scale, row_stride, K, BLOCK: tl.constexpr
     columns = tl.arange(0, BLOCK)
     mask = columns < K
     values = tl.load(matrix + row * row_stride + columns, mask, 0.0).to(tl.float32)
-    store_rows(data, scale, row, row * K + columns, mask, values, BLOCK)
+    store_row(data, scale, row, row * K + columns, mask, values, True)
 
 
 def matmul_rows(left: Rows, right: Rows, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -158,3 +176,207 @@ class FP8Linear(nn.Module):
     def forward(self, hidden: Tensor | Rows) -> Tensor:
         rows = hidden if isinstance(hidden, Rows) else quantize_rows(hidden)
         return matmul_rows(rows, Rows(self.weight, self.weight_scale), self.bias, self.dtype)
+
+
+def to_fp8(model: nn.Module) -> None:
+    """Put FP8Linear in the place of every linear layer of the blocks that sees tokens.
+
+    Not the modulations: they see one row a picture, and steer all the others.
+    """
+    for name, module in list(model.named_modules()):
+        in_block = re.search(r"blocks\.\d+\.", name) and not re.search(r"mod(ulation)?\.lin$", name)
+        if in_block and isinstance(module, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, FP8Linear(module))
+
+
+# ---- between the matrix products of a transformer
+
+
+def modulate(
+    hidden: Tensor, shift: Tensor, scale: Tensor, eps: float = 1e-6, fp8: bool = False
+) -> "Tensor | Rows":
+    """LayerNorm(hidden) * (1 + scale) + shift for (B, N, D) and twice (B, 1, D)."""
+    batch, length, width = hidden.shape
+    rows = rows_of(hidden)
+    data, scales = empty_rows(hidden.shape, hidden, fp8)
+    shift, scale = (t.expand(batch, 1, width) for t in (shift, scale))
+    block, warps = row_block(width)
+    modulate_kernel[(batch * length,)](
+        rows, shift, scale, data, scales, rows.stride(0), shift.stride(0), scale.stride(0),
+        length, width, eps, BLOCK=block, FP8=fp8, num_warps=warps,
+    )  # fmt: skip
+    return Rows(data, scales) if fp8 else data
+
+
+@jit
+def modulate_kernel(
+    hidden, shift, scale, data, scales, row_stride, shift_stride, scale_stride,
+    length, D, eps, BLOCK: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """data = (x - mean x) / sqrt(var x + eps) * (1 + scale) + shift, for a row x"""
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // length
+    columns = tl.arange(0, BLOCK)
+    mask = columns < D
+    x = tl.load(hidden + row * row_stride + columns, mask, 0.0).to(tl.float32)
+    centred = tl.where(mask, x - tl.sum(x, 0) / D, 0.0)
+    normed = centred * tl.math.rsqrt(tl.sum(centred * centred, 0) / D + eps)
+    add = tl.load(shift + batch * shift_stride + columns, mask, 0.0).to(tl.float32)
+    times = tl.load(scale + batch * scale_stride + columns, mask, 0.0).to(tl.float32)
+    store_row(data, scales, row, row * D + columns, mask, normed * (1.0 + times) + add, FP8)
+
+
+def add_gated(hidden: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """hidden + gate * branch for (B, N, D), (B, 1, D), (B, N, D)."""
+    batch, length, width = hidden.shape
+    rows, branch = rows_of(hidden), rows_of(branch)
+    gate, out = gate.expand(batch, 1, width), torch.empty_like(hidden.contiguous())
+    block, warps = row_block(width)
+    add_gated_kernel[(batch * length,)](
+        rows, gate, branch, out, rows.stride(0), gate.stride(0), branch.stride(0),
+        length, width, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+@jit
+def add_gated_kernel(
+    hidden, gate, branch, out, row_stride, gate_stride, branch_stride,
+    length, D, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = hidden + gate * branch, for a row"""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    mask = columns < D
+    x = tl.load(hidden + row * row_stride + columns, mask, 0.0).to(tl.float32)
+    times = tl.load(gate + row // length * gate_stride + columns, mask, 0.0).to(tl.float32)
+    y = tl.load(branch + row * branch_stride + columns, mask, 0.0).to(tl.float32)
+    tl.store(out + row * D + columns, (x + times * y).to(out.dtype.element_ty), mask)
+
+
+def split_heads(streams: list[tuple], rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """[(qkv (B, n, 3D), its QKNorm)] -> q, k, v (B, sum of n, nh, hd), normalised and rotated.
+
+    Streams are joined on the way; where there is one, v stays where it is, a view into qkv.
+    """
+    qkv, norm = streams[0]
+    batch, head_dim = len(qkv), norm.query_norm.scale.shape[0]
+    heads, total = qkv.shape[2] // (3 * head_dim), sum(part.shape[1] for part, _ in streams)
+    joint = qkv.new_empty(3 if len(streams) > 1 else 2, batch, total, heads, head_dim)
+    first = 0
+    for qkv, norm in streams:
+        qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
+        split_heads_kernel[(qkv.shape[1], batch)](
+            qkv, norm.query_norm.scale, norm.key_norm.scale, *rope, joint,
+            qkv.stride(0), qkv.stride(1), joint.stride(0), joint.stride(1), first, heads, 1e-6,
+            HEADS=triton.next_power_of_2(heads), HEAD_DIM=head_dim,
+            BLOCK_D=triton.next_power_of_2(head_dim), COPY_V=len(streams) > 1, num_warps=8,
+        )  # fmt: skip
+        first += qkv.shape[1]
+    q, k = joint[:2]
+    v = joint[2] if len(streams) > 1 else qkv[..., -heads * head_dim :].unflatten(2, (heads, -1))
+    return q, k, v
+
+
+@jit
+def split_heads_kernel(
+    qkv, q_scale, k_scale, cos, sin, joint,
+    qkv_batch, qkv_row, joint_part, joint_batch, first, heads, eps,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, COPY_V: tl.constexpr,
+):  # fmt: skip
+    """For a token, all heads at once, and x = q, then k:
+
+    normed = x / sqrt(mean x^2 + eps) * scale             a head at a time
+    joint[x] = normed * cos + swapped(normed) * sin       swapped: neighbours a, b are b, a
+    """
+    token, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    mask = (head < heads) & (column < HEAD_DIM)
+    place = head * HEAD_DIM + column
+    other = head * HEAD_DIM + (column ^ 1)  # of the pair
+    qkv += batch * qkv_batch + token.to(tl.int64) * qkv_row
+    row = (first + token).to(tl.int64)
+    joint += batch * joint_batch + row * heads * HEAD_DIM
+    inside = column < HEAD_DIM
+    c = tl.load(cos + row * HEAD_DIM + column, inside, 0.0)
+    s = tl.load(sin + row * HEAD_DIM + column, inside, 0.0)
+    for part in tl.static_range(2):
+        x = tl.load(qkv + part * heads * HEAD_DIM + place, mask, 0.0).to(tl.float32)
+        y = tl.load(qkv + part * heads * HEAD_DIM + other, mask, 0.0).to(tl.float32)
+        weights = q_scale if part == 0 else k_scale
+        a = tl.load(weights + column, inside, 0.0).to(tl.float32)
+        b = tl.load(weights + (column ^ 1), inside, 0.0).to(tl.float32)
+        norm = tl.math.rsqrt(tl.sum(x * x, 1) / HEAD_DIM + eps)[:, None]
+        out = norm * (x * a * c + y * b * s)
+        tl.store(joint + part * joint_part + place, out.to(joint.dtype.element_ty), mask)
+    if COPY_V:
+        v = tl.load(qkv + 2 * heads * HEAD_DIM + place, mask)
+        tl.store(joint + 2 * joint_part + place, v, mask)
+
+
+@jit
+def gelu(x):
+    """x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), the tanh written as a sigmoid"""
+    inner = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+    return x / (1.0 + tl.exp(-inner))
+
+
+def join_gelu(attended: Tensor | None, mlp: Tensor, fp8: bool = False) -> "Tensor | Rows":
+    """(B, N, D), (B, N, 4D) -> (B, N, 5D): attended, then GELU(mlp); or GELU(mlp) alone."""
+    right = rows_of(mlp)
+    left, width = (right, 0) if attended is None else (rows_of(attended), attended.shape[-1])
+    shape = (*mlp.shape[:-1], width + right.shape[1])
+    data, scales = empty_rows(shape, mlp, fp8)
+    block, warps = row_block(shape[-1])
+    join_gelu_kernel[(len(right),)](
+        left, right, data, scales, left.stride(0), right.stride(0), width, shape[-1],
+        BLOCK=block, FP8=fp8, num_warps=warps,
+    )  # fmt: skip
+    return Rows(data, scales) if fp8 else data
+
+
+@jit
+def join_gelu_kernel(
+    left, right, data, scales, left_stride, right_stride, D, K,
+    BLOCK: tl.constexpr, FP8: tl.constexpr,
+):  # fmt: skip
+    """data = [left, gelu(right)], for a row"""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    is_left, mask = columns < D, columns < K
+    x = tl.load(left + row * left_stride + columns, is_left, 0.0).to(tl.float32)
+    y = tl.load(right + row * right_stride + columns - D, mask & (columns >= D), 0.0)
+    values = tl.where(is_left, x, gelu(y.to(tl.float32)))
+    store_row(data, scales, row, row * K + columns, mask, values, FP8)
+
+
+def apply_mlp(mlp: nn.Sequential, hidden: "Tensor | Rows", fp8: bool = False) -> Tensor:
+    """Linear, GELU, Linear. In bf16 cuBLAS applies the GELU before it stores."""
+    first, _, second = mlp
+    if fp8 or type(first) is not nn.Linear or hidden.device.type != "cuda":
+        inner = first(hidden)
+        return second(join_gelu(None, inner, fp8))
+    rows = torch._addmm_activation(
+        first.bias, hidden.flatten(0, -2), first.weight.T, use_gelu=True
+    )  # its GELU is the tanh one
+    return second(rows.unflatten(0, hidden.shape[:-1]))
+
+
+def fuse(model: nn.Module) -> None:
+    """Every part of a model that has `ops` gets fused ones, for FP8 if its linear layers are."""
+    for module in model.modules():
+        if hasattr(module, "ops"):
+            fp8 = any(isinstance(child, FP8Linear) for child in module.modules())
+            module.ops = fused_ops(fp8)
+
+
+def fused_ops(fp8: bool) -> SimpleNamespace:
+    """As flux.PLAIN. fp8: what a linear layer reads comes as `Rows`."""
+    return SimpleNamespace(
+        modulate=partial(modulate, fp8=fp8),
+        split_heads=split_heads,
+        add_gated=add_gated,
+        apply_mlp=partial(apply_mlp, fp8=fp8),
+        join_gelu=partial(join_gelu, fp8=fp8),
+    )

@@ -34,8 +34,8 @@ def compile_one(module: str, name: str, signature: dict, constants: dict, option
     # As at run time: pointers and strides are multiples of 16, and the compiler may rely on it.
     aligned = {
         (i,): [["tt.divisibility", 16]]
-        for i, kind in enumerate(signature.values())
-        if kind.startswith("*") or kind == "i32"
+        for i, (arg, kind) in enumerate(signature.items())
+        if kind.startswith("*") or kind == "i32" and re.search("stride|_row|_batch|_part", arg)
     }
     source = ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", cap, 32), options=options)

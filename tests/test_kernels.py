@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import kernels
+from models import flux, kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 runs = kernels.runs_on(torch.device(DEVICE))
@@ -85,6 +85,130 @@ def test_fp8_refuses_widths_that_tensor_cores_do_not_take():
         kernels.FP8Linear(nn.Linear(24, 16))
 
 
+# ---- FLUX: every function of `ops` against the plain one of the model
+
+D, HEAD_DIM = 48, 16
+
+
+def qk_norm(seed: int) -> flux.QKNorm:
+    norm = flux.QKNorm(HEAD_DIM).to(DEVICE).requires_grad_(False)
+    norm.query_norm.scale.copy_(1 + 0.3 * normal(HEAD_DIM, seed=seed))
+    norm.key_norm.scale.copy_(1 + 0.3 * normal(HEAD_DIM, seed=seed + 1))
+    return norm
+
+
+def same(ours, plain_one) -> None:
+    """Equal in fp32; what comes as Rows, up to the rounding of e4m3."""
+    if isinstance(ours, kernels.Rows):
+        assert relative(ours.data.float() * ours.scale, plain_one) < 0.04
+    else:
+        assert ours.shape == plain_one.shape and relative(ours, plain_one) < 2e-6
+
+
+@needs_triton
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("batch, conditions", [(1, 1), (2, 2), (2, 1)])
+def test_modulation_is_the_models(batch, conditions, fp8):
+    hidden = 3 + 5 * normal(batch, 11, D)
+    shift, scale, _ = normal(conditions, 3 * D, seed=1)[:, None].chunk(3, dim=-1)  # as in the model
+    same(
+        kernels.modulate(hidden, shift, scale, fp8=fp8),
+        flux.modulate(hidden, shift, scale).expand(batch, -1, -1),
+    )
+
+
+@needs_triton
+def test_a_slice_of_tokens_is_modulated_in_place():
+    hidden, (shift, scale) = normal(2, 11, D), normal(2, 1, 2, D, seed=1).unbind(2)
+    same(kernels.modulate(hidden[:, 4:], shift, scale), flux.modulate(hidden[:, 4:], shift, scale))
+
+
+@needs_triton
+def test_gated_sum_is_the_models():
+    hidden, branch, gate = normal(2, 11, D), normal(2, 11, D, seed=1), normal(2, 1, D, seed=2)
+    same(kernels.add_gated(hidden, gate, branch), flux.add_gated(hidden, gate, branch))
+    cut = (hidden[:, :4], gate, branch[:, 4:8])
+    same(kernels.add_gated(*cut), flux.add_gated(*cut))
+
+
+@needs_triton
+@pytest.mark.parametrize("lengths", [(5,), (3, 9)])
+def test_heads_are_the_models(lengths):
+    streams = [(normal(2, n, 3 * D, seed=n), qk_norm(n)) for n in lengths]
+    grid = (1, sum(lengths))
+    rope = flux.rope_table(0, grid, [4, 6, 6], 1, torch.device(DEVICE))
+    for ours, theirs in zip(kernels.split_heads(streams, rope), flux.split_heads(streams, rope)):
+        same(ours, theirs)
+
+
+@needs_triton
+def test_the_values_of_a_single_stream_stay_where_they_are():
+    qkv = normal(2, 5, 7 * D)[..., : 3 * D]  # next to the MLP's, as linear1 gives them
+    rope = flux.rope_table(0, (1, 5), [4, 6, 6], 1, torch.device(DEVICE))
+    _, _, v = kernels.split_heads([(qkv, qk_norm(0))], rope)
+    assert v.data_ptr() == qkv[..., 2 * D :].data_ptr()
+    for ours, theirs in zip(
+        kernels.split_heads([(qkv, qk_norm(0))], rope), flux.split_heads([(qkv, qk_norm(0))], rope)
+    ):
+        same(ours, theirs)
+
+
+@needs_triton
+@pytest.mark.parametrize("fp8", [False, True])
+def test_joined_gelu_is_the_models(fp8):
+    both = 4 * normal(2, 5, 7 * D)
+    attended, mlp = normal(2, 5, D, seed=1), both[..., 3 * D :]
+    same(kernels.join_gelu(attended, mlp, fp8), flux.join_gelu(attended, mlp))
+    same(kernels.join_gelu(None, mlp, fp8), F.gelu(mlp, approximate="tanh"))
+
+
+@needs_triton
+def test_gelu_holds_far_from_zero():
+    x = torch.tensor([[-1e4, -90.0, -10.0, 0.0, 10.0, 90.0, 1e4]], device=DEVICE)
+    expected = F.gelu(x, approximate="tanh")
+    assert torch.allclose(kernels.join_gelu(None, x), expected, rtol=1e-6, atol=1e-30)
+
+
+def small_flux(depth: int = 2) -> flux.Flux:
+    torch.manual_seed(0)
+    model = flux.Flux(
+        in_channels=8, num_layers=depth, num_single_layers=depth, num_attention_heads=3,
+        attention_head_dim=16, joint_attention_dim=12, pooled_projection_dim=10,
+        axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    return model.to(DEVICE).requires_grad_(False).eval()
+
+
+def flux_inputs(batch: int = 2) -> tuple[torch.Tensor, ...]:
+    t = torch.linspace(0.2, 0.9, batch, device=DEVICE)
+    shapes = (batch, 8, 3, 5), (batch, 7, 12), (batch, 10)
+    latents, text, pooled = (normal(*shape, seed=i) for i, shape in enumerate(shapes))
+    return latents, t, text, pooled, torch.full_like(t, 3.5)
+
+
+@needs_triton
+def test_a_flux_with_fused_functions_is_the_plain_one():
+    model, inputs = small_flux(), flux_inputs()
+    expected = model(*inputs)
+    kernels.fuse(model)
+    assert model.double_blocks[1].ops is not flux.PLAIN
+    assert relative(model(*inputs), expected) < 5e-6
+
+
+@needs_triton
+def test_a_flux_in_fp8_is_near_and_keeps_what_is_sensitive(monkeypatch):
+    model, inputs = small_flux(depth=1), flux_inputs(batch=1)
+    expected = model(*inputs)
+    kernels.to_fp8(model)
+    linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    assert all("mod" in n or "in" in n.split(".")[0] or "final" in n for n in linears), linears
+    unfused = model(*inputs)  # quantized by the layers themselves
+    kernels.fuse(model)
+    fused = model(*inputs)  # quantized by the kernels before
+    assert 1e-3 < relative(fused, expected) < 0.1
+    assert relative(fused, unfused) < 0.05
+
+
 # ---- for GPUs that are not here
 
 
@@ -92,18 +216,33 @@ def test_fp8_refuses_widths_that_tensor_cores_do_not_take():
 def test_kernels_compile_for_hopper_and_blackwell_without_spilling(capsys):
     import aot
 
-    columns = {"row_stride": "i32", "K": "i32"}
-    out = {"data": "*fp8e4nv", "scale": "*fp32"}
+    def job(name: str, types: dict, columns: int, constants: dict) -> list:
+        signature = {arg: types.get(arg, "i32") for arg in getattr(kernels, name).arg_names}
+        signature = {arg: kind for arg, kind in signature.items() if arg not in constants}
+        block, warps = kernels.row_block(columns)
+        constants = {key: block if key == "BLOCK" else value for key, value in constants.items()}
+        return ["models.kernels", name, signature, constants, {"num_warps": warps}]
+
+    bf16, out, fp8 = "*bf16", {"scales": "*fp32"}, {"data": "*fp8e4nv", "scale": "*fp32"}
+    row = dict.fromkeys(
+        ("hidden", "shift", "scale", "gate", "branch", "left", "right", "out"), bf16
+    )
+    row |= {"eps": "fp32", "data": bf16, "scales": bf16}
+    rounded = row | out | {"data": "*fp8e4nv"}
+    heads = dict.fromkeys(("qkv", "q_scale", "k_scale", "joint"), bf16)
+    heads |= dict.fromkeys(("cos", "sin"), "*fp32") | {"eps": "fp32"}
     jobs = [
-        [
-            "models.kernels",
-            "quantize_rows_kernel",
-            {"matrix": "*bf16", **out, **columns},
-            {"BLOCK": kernels.row_block(width)[0]},
-            {"num_warps": kernels.row_block(width)[1]},
-        ]
-        for width in (3072, 15360)
-    ]
+        job("quantize_rows_kernel", fp8 | {"matrix": bf16}, 15360, {"BLOCK": 0}),
+        job("modulate_kernel", row, 3072, {"BLOCK": 0, "FP8": False}),
+        job("modulate_kernel", rounded, 3072, {"BLOCK": 0, "FP8": True}),
+        job("add_gated_kernel", row, 3072, {"BLOCK": 0}),
+        job("join_gelu_kernel", row, 15360, {"BLOCK": 0, "FP8": False}),
+        job("join_gelu_kernel", rounded, 15360, {"BLOCK": 0, "FP8": True}),
+        job(
+            "split_heads_kernel", heads, 4096,
+            {"HEADS": 32, "HEAD_DIM": 128, "BLOCK_D": 128, "COPY_V": True},
+        ),
+    ]  # fmt: skip
     for row in aot.compile_all(jobs):
         with capsys.disabled():
             print(f"\n  {row['kernel']} sm_{row['sm']}: {row['registers']} registers", end="")
