@@ -445,6 +445,11 @@ def describe_weights(path: Path) -> dict:
     """A run of ours, whose header names base and autoencoder, or a transformer's weights alone."""
     checkpoint = weights.open_checkpoint(path, "transformer")
     here, notes, told = {"transformer": str(path)}, checkpoint.metadata, checkpoint.config or {}
+    if notes.get("stage") == "quant":  # complete without its base
+        spec = weights.parse_json(notes.get("spec", ""), f"the header of {path}")
+        if not {*TOY, "repo", "size", "autoencoder"} <= spec.keys():
+            raise UserError(f"{path}: its header lacks what a sampler needs: make it again")
+        return spec | here
     if checkpoint.is_run:
         try:
             spec = describe(notes["base"]) | here | {"autoencoder": notes["autoencoder"]}
@@ -472,8 +477,14 @@ def load_pipeline(
 ) -> tuple[dict, nn.Module, nn.Module]:
     """(what `describe` says, transformer, autoencoder). Encode text first: it needs the room."""
     spec = describe(model, autoencoder)
-    cls = sana.Sana if spec["text"] == "sana" else flux.Flux
-    transformer = cls.from_pretrained(spec["transformer"], device, dtype, weights=folder or None)
+    if spec.get("stage") == "quant":
+        import quant  # the one import from a later file: only its own files need it
+
+        transformer = quant.load(spec["transformer"], device, dtype)
+    else:
+        cls = sana.Sana if spec["text"] == "sana" else flux.Flux
+        path = spec["transformer"]
+        transformer = cls.from_pretrained(path, device, dtype, weights=folder or None)
     decoder = load_autoencoder(spec["autoencoder"], folder, device, dtype)
     if transformer.latent_channels != decoder.latent_channels:
         raise UserError(

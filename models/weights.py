@@ -23,7 +23,7 @@ import re
 import shutil
 import sys
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
@@ -387,6 +387,8 @@ def open_model(
     checkpoint = open_checkpoint(path, subfolder)
     if not checkpoint.is_run:
         return checkpoint, config or checkpoint.config or preset_config, None
+    if checkpoint.metadata["stage"] == "quant":
+        raise UserError(f"{path} is quantized: it can be sampled from (sample.py), nothing else")
     run, base = checkpoint, checkpoint.metadata["base"]
     try:
         path, _ = locate(base, presets, weights, subfolder)
@@ -409,12 +411,14 @@ def assign(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     run: Checkpoint | None = None,
+    as_stored: Collection[str] = (),
 ) -> None:
     """Give a meta-device model its tensors: all of them, each once, nothing left over.
 
     rows     our name -> (official names, join): join(*official tensors) is ours; None: the only one
     dropped  official names that have no place in the model, on purpose
     run      trained tensors that replace the checkpoint's, and LoRA pairs that are added to them
+    as_stored  names that keep the file's dtype: the numbers of a quantized layer
     device   "meta" is a rehearsal: everything is checked, nothing read
     """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -434,7 +438,8 @@ def assign(
         if f"{stem}.lora_A" in trained:
             tensor = merge_lora(tensor, run, stem)
         # A counter stays an integer. What already has the dtype stays the mapped file: no copy.
-        state[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype)
+        is_kept = name in as_stored or not tensor.is_floating_point()
+        state[name] = tensor if is_kept else tensor.to(dtype)
     model.load_state_dict(state, strict=True, assign=True)
     homeless = [n for n, t in (*model.named_buffers(), *model.named_parameters()) if t.is_meta]
     assert not homeless, f"{homeless} never get a value: compute them, or keep them in checkpoints"
