@@ -61,6 +61,8 @@ class Config:
     out: str = "samples"  # a folder; or one .png
     from_: str = ""  # a PNG to repeat, or the .latents.safetensors of a decode that failed
     attention: str = ""  # torch | triton; "": triton on a GPU with TMA (sm_90 and up)
+    fast: bool = True  # on CUDA: fused kernels, nothing done twice, a CUDA graph; the same picture
+    fp8: bool = False  # linear layers in e4m3, a scale a row: faster, lossy
     device: str = ""  # "": cuda, then mps, then cpu
     dtype: str = ""  # of the weights: fp32, bf16, fp16; "": fp32 on the CPU and for toys, else bf16
 
@@ -141,21 +143,29 @@ def sample(
     null_cond: tuple[Tensor, ...] | None = None,
     solver: str = "euler",
     progress: tqdm | None = None,
+    stepper: "Stepper | None" = None,
 ) -> Tensor:
     """Latents (B, C, h, w) fp32 from noise (B, C, h, w), conditioning and a schedule.
 
     With `null_cond` every step runs the model twice and `guidance` extrapolates between the two
     (classifier-free guidance). Without it `guidance` is an input of the model (FLUX was distilled
-    to take it), or None for a model that has no such input.
+    to take it), or None for a model that has no such input. A `stepper` of this model does the same
+    faster.
     """
     levels, lambdas = sigmas.tolist(), log_snr(sigmas).tolist()
     noisy_latents = noise.float()
+    # SANA was trained on whole timesteps of 0..1000; its DPM-Solver truncates to them. (3e-5: what
+    # fp32 levels may lose; it keeps 750 from becoming 749.)
+    dpm = solver == "dpm"
+    levels_told = [int(1000 * level + 3e-5) / 1000 if dpm else level for level in levels[:-1]]
+    if stepper is not None:
+        stepper.start(levels_told, noisy_latents, cond, guidance, null_cond)
     previous = None  # the clean latents that the step before predicted
     for i, (now, then) in enumerate(pairwise(levels)):
-        # SANA was trained on whole timesteps of 0..1000; its DPM-Solver truncates to them. (3e-5:
-        # what fp32 levels may lose; it keeps 750 from becoming 749.)
-        timestep = int(1000 * now + 3e-5) / 1000 if solver == "dpm" else now
-        velocity = predict(model, noisy_latents, timestep, cond, guidance, null_cond)
+        if stepper is None:
+            velocity = predict(model, noisy_latents, levels_told[i], cond, guidance, null_cond)
+        else:
+            velocity = stepper(i, noisy_latents)
         if solver == "euler":
             noisy_latents = noisy_latents + (then - now) * velocity  # eq. (3)
         else:
@@ -183,21 +193,20 @@ def log_snr(sigmas: Tensor) -> Tensor:
 def predict(
     model: nn.Module,
     noisy_latents: Tensor,
-    timestep: float,
+    timestep: float | Tensor,
     cond: tuple[Tensor, ...],
     guidance: float | None,
     null_cond: tuple[Tensor, ...] | None,
 ) -> Tensor:
     """One guided velocity (B, C, h, w) in fp32: v(null) + guidance (v(cond) - v(null))."""
     batch, device = len(noisy_latents), noisy_latents.device
+    t = torch.as_tensor(timestep, dtype=torch.float32, device=device)
     if null_cond is None:
-        t = torch.full((batch,), timestep, device=device)
         scale = () if guidance is None else (torch.full((batch,), guidance, device=device),)
-        return model(noisy_latents, t, *cond, *scale).float()
-    t = torch.full((2 * batch,), timestep, device=device)
+        return model(noisy_latents, t.expand(batch), *cond, *scale).float()
     both = [torch.cat(pair) for pair in zip(null_cond, cond)]
     doubled = torch.cat([noisy_latents, noisy_latents])  # (2B, C, h, w)
-    without, with_text = model(doubled, t, *both).float().chunk(2)
+    without, with_text = model(doubled, t.expand(2 * batch), *both).float().chunk(2)
     return without + guidance * (with_text - without)
 
 
@@ -350,6 +359,120 @@ def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple
     hopper = usable and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
     name = name or ("triton" if hopper else "torch")
     return name, triton_attention if name == "triton" else F.scaled_dot_product_attention
+
+
+# ---- speed
+
+
+class Stepper:
+    """`predict`, step after step, with nothing done twice.
+
+    hoist   What no noise reaches is computed before the first step: the text's projections and, for
+            all steps in one pass over their weights (a quarter of FLUX), the modulations. The
+            modules that would compute it hand out the result. Lossless.
+    graph   The step is recorded once as a CUDA graph and replayed: one launch instead of a
+            thousand, the same kernels on the same memory. Bit-identical.
+    """
+
+    def __init__(self, model: nn.Module, hoist: bool = True, graph: bool = True):
+        self.model, self.hoist, self.graph = model, hoist, graph
+        self.signature = self.recorded = None
+        self.now: dict[nn.Module, Tensor] = {}  # what stands for a module's output in this step
+
+    def start(
+        self,
+        timesteps: list[float],
+        noise: Tensor,
+        cond: tuple[Tensor, ...],
+        guidance: float | None,
+        null_cond: tuple[Tensor, ...] | None,
+    ) -> None:
+        """Get ready for one batch of pictures; another batch of this kind replays the same graph."""
+        given = (*cond, *(null_cond or ()))
+        signature = [noise.shape, guidance, len(cond), *(tensor.shape for tensor in given)]
+        if signature != self.signature:
+            self.close()
+            self.signature = signature
+            self.timestep = noise.new_zeros(())
+            self.noisy, self.given = noise.clone(), [tensor.clone() for tensor in given]
+        for mine, new in zip(self.given, given):
+            mine.copy_(new)
+        self.timesteps, self.guidance, self.split = timesteps, guidance, len(cond)
+        if not self.hoist:
+            return
+        self.unhoist()
+        both = [torch.cat(pair) for pair in zip(null_cond, cond)] if null_cond else cond
+        self.once, self.each = known_before(self.model, timesteps, both, guidance)
+        for module, value in self.once.items() | {m: v[0] for m, v in self.each.items()}.items():
+            if module in self.now:
+                self.now[module].copy_(value)
+            else:
+                self.now[module] = value.clone()
+            module.forward = lambda *_, value=self.now[module]: value
+
+    def __call__(self, step: int, noisy_latents: Tensor) -> Tensor:
+        """The velocity (B, C, h, w) of a step. The next call overwrites it."""
+        self.timestep.fill_(self.timesteps[step])
+        self.noisy.copy_(noisy_latents)
+        if self.hoist:
+            rows = [value[step] for value in self.each.values()]
+            torch._foreach_copy_([self.now[module] for module in self.each], rows)
+        if not (self.graph and noisy_latents.is_cuda):
+            return self.run()
+        if self.recorded is None and step == 0:  # as warm-up: kernels compile, libraries wake
+            return self.run()
+        if self.recorded is None:
+            self.recorded = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.recorded):
+                self.velocity = self.run()
+        self.recorded.replay()
+        return self.velocity
+
+    def run(self) -> Tensor:
+        cond, null_cond = self.given[: self.split], self.given[self.split :]
+        rest = (self.guidance, tuple(null_cond) or None)
+        return predict(self.model, self.noisy, self.timestep, tuple(cond), *rest)
+
+    def unhoist(self) -> None:
+        for module in self.now:
+            if "forward" in vars(module):
+                del module.forward
+
+    def close(self) -> None:
+        """The model is as it was."""
+        self.unhoist()
+        self.now, self.signature, self.recorded = {}, None, None
+
+
+def speed_up(transformer: nn.Module, autoencoder: nn.Module) -> Stepper:
+    """Fused kernels where they run; what `sample` steps with. For models on a CUDA device."""
+    if kernels.runs_on(next(transformer.parameters()).device):
+        kernels.fuse(transformer)
+        kernels.fuse(autoencoder)
+    return Stepper(transformer)
+
+
+def known_before(
+    model: nn.Module, timesteps: list[float], cond: tuple[Tensor, ...], guidance: float | None
+) -> tuple[dict[nn.Module, Tensor], dict[nn.Module, Tensor]]:
+    """Outputs that do not depend on the noisy latents: {module: output} of those that are the same
+    in every step, and {module: outputs (S, ...)} of those that follow the timestep."""
+    parameter, batch = next(model.parameters()), len(cond[0])
+    device, dtype = parameter.device, parameter.dtype
+    levels = torch.tensor(timesteps, device=device)[:, None].expand(-1, batch)  # (S, B)
+    if isinstance(model, flux.Flux):
+        text, pooled = (tensor.to(dtype) for tensor in cond)
+        scale = None if guidance is None else torch.full((batch,), guidance, device=device)
+        conditions = torch.stack([model.condition(t, scale, pooled) for t in levels])  # (S, B, D)
+        layers = [m.lin for m in model.modules() if isinstance(m, flux.Modulation)]
+        layers.append(model.final_layer.adaLN_modulation[1])
+        return {model.txt_in: model.txt_in(text)}, {lin: lin(conditions) for lin in layers}
+    text = model.attention_y_norm(model.y_embedder(cond[0].to(dtype)))  # (B, L, D)
+    sinusoids = [sana.sinusoid(sana.milliseconds(t)).to(dtype) for t in levels]
+    embedded = model.t_embedder(torch.stack(sinusoids))  # (S, B, D)
+    once = {model.y_embedder: text, model.attention_y_norm: text}
+    once |= {block.cross_attn.kv_linear: block.cross_attn.kv_linear(text) for block in model.blocks}
+    return once, {model.t_embedder: embedded, model.t_block: model.t_block(embedded)}
 
 
 # ---- model
@@ -668,7 +791,11 @@ def read_recipe(config: Config) -> tuple[Config, Tensor | None]:
         told = json.loads(recipe).items()
     except (TypeError, ValueError, AttributeError):
         raise UserError(f"--from {path} carries no recipe of this program") from None
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in told]
+    spelled = [(name.replace("_", "-"), value) for name, value in told]
+    flags = [
+        f"--{name}={value}" if not isinstance(value, bool) else f"--{'' if value else 'no-'}{name}"
+        for name, value in spelled
+    ]
     told = weights.parse_config(Config, __doc__, flags)
     here = {name: getattr(config, name) for name in HERE}
     return replace(told, **here | {"device": config.device or told.device, "from_": ""}), latents
@@ -768,6 +895,9 @@ def main() -> None:
     times.append(clock(device))
     _, transformer, autoencoder = load_pipeline(*parts, device, dtype)
     transformer.attention = attend
+    if config.fp8:
+        kernels.to_fp8(transformer)
+    stepper = speed_up(transformer, autoencoder) if config.fast and device.type == "cuda" else None
     times.append(clock(device))
     seconds = {"text": times[1] - times[0], "load": times[2] - times[1], "sample": 0, "decode": 0}
     batches = range(0, len(jobs), config.batch_size)
@@ -779,7 +909,8 @@ def main() -> None:
             null = tuple(c.expand(len(noise), *c.shape[1:]).to(device) for c in null_cond) or None
             guidance = config.guidance if null or spec["text"] != "sana" else None
             times = [clock(device)]
-            latents = sample(transformer, words, noise, sigmas, guidance, null, spec["solver"], bar)
+            how = (guidance, null, spec["solver"], bar, stepper)
+            latents = sample(transformer, words, noise, sigmas, *how)
             times.append(clock(device))
             save_pictures(autoencoder, latents, config, jobs[rows], paths[rows])
             seconds["sample"] += times[1] - times[0]

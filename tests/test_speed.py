@@ -1,0 +1,118 @@
+"""What makes a step fast must not change it: hoisting, fused kernels, FP8, CUDA graphs."""
+
+import pytest
+import torch
+from torch import nn
+
+import sample
+from models import kernels
+from models.flux import Flux
+from models.sana import Sana
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+STEPS = 3
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)).to(DEVICE)
+
+
+def ready(model: nn.Module) -> nn.Module:
+    generator = torch.Generator("cpu").manual_seed(1)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = (parameter.data + 0.1 * noise).to(DEVICE)
+    return model.to(DEVICE).requires_grad_(False).eval()
+
+
+def make_flux() -> tuple:
+    model = Flux(
+        in_channels=8, num_layers=1, num_single_layers=2, num_attention_heads=2,
+        attention_head_dim=16, joint_attention_dim=12, pooled_projection_dim=10,
+        axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    return ready(model), (normal(2, 7, 12), normal(2, 10)), 3.5, None, "euler"
+
+
+def make_sana() -> tuple:
+    model = Sana(
+        in_channels=8, out_channels=8, num_layers=2, num_attention_heads=2, attention_head_dim=16,
+        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32,
+        caption_channels=24, sample_size=4, qk_norm="rms_norm_across_heads",
+    )  # fmt: skip
+    lengths = torch.tensor([[3], [7]], device=DEVICE)
+    mask = torch.arange(7, device=DEVICE) < lengths
+    cond, null = (normal(2, 7, 24), mask), (normal(2, 7, 24, seed=1), ~mask)
+    return ready(model), cond, 4.5, null, "dpm"
+
+
+def run(made: tuple, stepper: sample.Stepper | None, seed: int = 0, steps: int = STEPS):
+    model, cond, guidance, null, solver = made
+    kind = "flux" if solver == "euler" else "sana-dpm"
+    sigmas = sample.timesteps(steps, kind, tokens=16)
+    noise = normal(2, 8, 4, 4, seed=seed)
+    return sample.sample(model, cond, noise, sigmas, guidance, null, solver, None, stepper)
+
+
+@pytest.mark.parametrize("make", [make_flux, make_sana])
+def test_what_is_computed_before_the_first_step_changes_nothing(make):
+    made = make()
+    expected, other = run(made, None), run(made, None, seed=1, steps=2)
+    stepper = sample.Stepper(made[0], graph=False)
+    for _ in range(2):  # the second time the buffers are there
+        assert torch.allclose(run(made, stepper), expected, rtol=1e-5, atol=1e-5)
+        assert torch.allclose(run(made, stepper, 1, 2), other, rtol=1e-5, atol=1e-5)
+    stepper.close()
+    assert torch.equal(run(made, None), expected)  # and leaves no trace
+
+
+@pytest.mark.parametrize("make", [make_flux, make_sana])
+def test_other_words_replace_those_of_the_batch_before(make):
+    model, cond, guidance, null, solver = made = make()
+    stepper = sample.Stepper(model, graph=False)
+    run(made, stepper)
+    louder = (model, (2 * cond[0], *cond[1:]), guidance, null, solver)
+    ours = run(louder, stepper)
+    stepper.close()
+    assert torch.allclose(ours, run(louder, None), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(ours, run(made, None), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("make", [make_flux, make_sana])
+def test_the_modules_that_were_hoisted_are_not_run_in_a_step(make):
+    made = make()
+    stepper, calls = sample.Stepper(made[0], graph=False), []
+    run(made, stepper)
+    heavy = [m for module in stepper.now for m in module.modules() if isinstance(m, nn.Linear)]
+    assert len(heavy) >= 4
+    handles = [m.register_forward_pre_hook(lambda m, _: calls.append(m)) for m in heavy]
+    inner = [m for m in heavy if m not in stepper.now]  # its owner hands out the result
+    stepper(1, normal(2, 8, 4, 4))
+    assert not [m for m in calls if m in inner]
+    assert all("forward" in vars(m) for m in stepper.now)
+    for handle in handles:
+        handle.remove()
+    stepper.close()
+    assert not any("forward" in vars(m) for m in made[0].modules())
+
+
+@needs_cuda
+@pytest.mark.parametrize("make", [make_flux, make_sana])
+def test_a_replayed_graph_is_bit_identical_to_eager(make):
+    made = make()
+    eager = run(made, sample.Stepper(made[0], graph=False), steps=5)
+    stepper = sample.Stepper(made[0])
+    for _ in range(2):
+        assert torch.equal(run(made, stepper, steps=5), eager)
+    assert stepper.recorded is not None
+
+
+@pytest.mark.skipif(not kernels.runs_on(DEVICE), reason="needs Triton and a GPU or its interpreter")
+@pytest.mark.parametrize("make", [make_flux, make_sana])
+def test_all_together_gives_the_plain_picture(make):
+    made = make()
+    expected = run(made, None, steps=2)
+    kernels.fuse(made[0])
+    ours = run(made, sample.Stepper(made[0]), steps=2)
+    assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-4)
