@@ -1,23 +1,29 @@
 """Captioned pictures on disk, and their latents, as the trainers take them.
 
 What    `open_folder` reads a folder of pictures and captions, `Folder.images` gives batches of it,
-        `encode_images` runs an autoencoder over all of it once, `cached` keeps the result.
+        `encode_images` runs an autoencoder over all of it once. A `Store` keeps what encoders
+        made of each picture and caption, `Stored` reads it back row by row.
 Why     One broken or upside-down picture in a thousand does not stop a training run, it spoils it.
         So every picture is decoded whole before training starts, and what is left out is named.
         Latents are computed once: the autoencoder then makes room for the transformer.
 How     Captions stand beside the pictures, `fox.jpg` and `fox.txt` (first line), or in one
         `metadata.jsonl` with a line like {"file_name": "fox.jpg", "text": "a fox in snow"}.
-        A cache carries the key of what it was made from, so that it cannot go stale unnoticed.
+        A picture is cropped to the nearest of some shapes (`buckets`) whose sides are whole
+        multiples of the autoencoders' factor; a batch is of one shape.
+        What is cached stands under the hash of all it was made from, so that it cannot go stale.
 Trust   Pictures are data from strangers: three well-tested formats, told by content, not by name.
 """
 
 import codecs
 import hashlib
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +32,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from models import text, training
 from models.weights import UserError, open_checkpoint, save
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # no others are tried: exotic decoders are where holes are
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 OTHERS = (".avif", ".bmp", ".gif", ".heic", ".jxl", ".tif", ".tiff")  # named as left out, not read
-MAX_RATIO = 4  # of the sides; beyond, a square crop shows too little of what the caption tells
-RULES = 1  # part of every key: count up when pixels or captions come out differently
+MAX_RATIO = 4  # of the sides; beyond, a crop shows too little of what the caption tells
+RATIOS = 8  # from square to MAX_RATIO: a crop loses 9% at most, and no shape has few pictures
+MEMORY = 4 * 2**30  # bytes of cached rows kept in memory once they are read
+RULES = 2  # part of every key: count up when pixels or captions come out differently
+VALIDATION = 64  # pictures held out, an eighth at most
+FEWEST = 16  # pictures to train on
 THREADS = 8  # Pillow decodes without the GIL; each thread holds one full-size picture
 
 # ---- one picture
@@ -90,9 +101,11 @@ def to_tensor(image: Image.Image) -> Tensor:
 @dataclass(frozen=True)
 class Folder:
     path: Path
-    resolution: int  # pixels a side
+    resolution: int  # of a square; other shapes have about as many pixels
     files: list[Path]  # sorted
     captions: list[str]
+    sizes: list[tuple[int, int]]  # (H, W) each picture is cropped to
+    hashes: list[str]  # sha256 of each file
     left_out: list[tuple[Path, str]]  # (file, the reason in a phrase)
     key: str  # of all that decides images() and captions: a cache of them must match it
 
@@ -100,15 +113,34 @@ class Folder:
         return len(self.files)
 
     def images(self, rows: Sequence[int]) -> Tensor:
-        """(B, 3, R, R) in [-1, 1]."""
-        size = (self.resolution, self.resolution)
+        """(B, 3, H, W) in [-1, 1], of rows of one size."""
         with ThreadPoolExecutor(THREADS) as pool:
-            images = pool.map(lambda row: open_image(self.files[row], size), rows)
+            images = pool.map(lambda row: open_image(self.files[row], self.sizes[row]), rows)
             return torch.stack(list(images))
 
 
-def open_folder(folder: str | Path, resolution: int) -> Folder:
-    """Find pictures and captions, sub-folders included, and decode every picture once."""
+def buckets(resolution: int, factor: int) -> list[tuple[int, int]]:
+    """Shapes (H, W) in whole `factor`s with at most resolution^2 pixels, 1:1 to 1:MAX_RATIO."""
+    shapes = {(resolution, resolution)}
+    for i in range(1, RATIOS + 1):
+        ratio = MAX_RATIO ** (i / RATIOS)
+        short = round(resolution / ratio**0.5 / factor) * factor
+        long = resolution**2 // (max(short, factor) * factor) * factor
+        if short and long <= MAX_RATIO * short:
+            shapes |= {(short, long), (long, short)}
+    return sorted(shapes)
+
+
+def nearest(shapes: Sequence[tuple[int, int]], height: int, width: int) -> tuple[int, int]:
+    """The shape that a crop of this picture loses least to."""
+    return min(shapes, key=lambda shape: abs(math.log(shape[0] * width / (shape[1] * height))))
+
+
+def open_folder(folder: str | Path, resolution: int, factor: int = 0) -> Folder:
+    """Find pictures and captions, sub-folders included, and decode every picture once.
+
+    factor: of the sides of all buckets, in pixels; 0: every picture is cropped to the square.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: name one that holds pictures and their captions")
@@ -125,9 +157,10 @@ def open_folder(folder: str | Path, resolution: int) -> Folder:
             f"{folder} holds pictures ({len(pictures)}) and no captions: put {pictures[0].stem}.txt"
             f" beside {pictures[0].name} and so on, or all of them into {table}"
         )
+    shapes = buckets(resolution, factor) if factor else [(resolution, resolution)]
 
-    def look(path: Path) -> tuple[str, str]:
-        return inspect(path, resolution) if path in captions else ("", "has no caption")
+    def look(path: Path) -> Look:
+        return inspect(path, shapes) if path in captions else Look(reason="has no caption")
 
     with ThreadPoolExecutor(THREADS) as pool:
         bar = tqdm(pool.map(look, pictures), "scan", len(pictures), leave=False, unit="img")
@@ -135,18 +168,26 @@ def open_folder(folder: str | Path, resolution: int) -> Folder:
     absent = captions.keys() - set(pictures)
     left_out = dict.fromkeys(absent, f"is in {table.name} and not in the folder")
     left_out |= dict.fromkeys(others, "is of another format: convert it to PNG")
-    left_out |= {path: reason for path, (_, reason) in scan.items() if reason}
+    left_out |= {path: found.reason for path, found in scan.items() if found.reason}
     left_out = sorted(left_out.items())
-    files = [path for path, (_, reason) in scan.items() if not reason]
+    files = [path for path, found in scan.items() if not found.reason]
     if len(left_out) > len(files):
         raise UserError(
             f"{folder} has {len(files)} usable pictures and {len(left_out)} that are not "
             f"({first_reasons(folder, left_out)}): mend or remove these"
         )
     kept = [captions[path] for path in files]
-    told = json.dumps([RULES, resolution, [scan[path][0] for path in files], kept])
+    sizes, hashes = [scan[path].size for path in files], [scan[path].sha256 for path in files]
+    told = json.dumps([RULES, sizes, hashes, kept])
     key = hashlib.sha256(told.encode()).hexdigest()
-    return Folder(folder, resolution, files, kept, left_out, key)
+    return Folder(folder, resolution, files, kept, sizes, hashes, left_out, key)
+
+
+def shuffled(folder: Folder) -> Folder:
+    """In the order of the pictures' hashes, so that the last ones are a fair sample of all."""
+    order = sorted(range(len(folder)), key=folder.hashes.__getitem__)
+    columns = ("files", "captions", "sizes", "hashes")
+    return replace(folder, **{c: [getattr(folder, c)[i] for i in order] for c in columns})
 
 
 def find(folder: Path, suffixes: Sequence[str]) -> list[Path]:
@@ -157,17 +198,31 @@ def find(folder: Path, suffixes: Sequence[str]) -> list[Path]:
     return sorted(p for p in parts if not any(part.startswith(".") for part in parts[p]))
 
 
-def inspect(path: Path, resolution: int) -> tuple[str, str]:
-    """(sha256 of the file, "") or ("", the reason to leave it out)."""
+@dataclass(frozen=True)
+class Look:
+    """What the scan found in one file."""
+
+    size: tuple[int, int] = (0, 0)  # (H, W) to crop to
+    sha256: str = ""
+    reason: str = ""  # to leave it out, in a phrase
+
+
+def inspect(path: Path, shapes: Sequence[tuple[int, int]]) -> Look:
     try:
         width, height = read_image(path).size
     except UserError as error:
-        return "", str(error)
-    if min(width, height) < resolution:  # enlarged, it would teach the model to blur
-        return "", f"is {width}x{height}: lower --resolution {resolution}, or enlarge it yourself"
+        return Look(reason=str(error))
+    size = nearest(shapes, height, width)
+    if height < size[0] or width < size[1]:  # enlarged, it would teach the model to blur
+        resolution = math.isqrt(size[0] * size[1])
+        if size[0] == size[1]:
+            cure = f"lower --resolution {resolution}"
+        else:
+            cure = f"lower --resolution below the {size[1]}x{size[0]} of its shape"
+        return Look(reason=f"is {width}x{height}: {cure}, or enlarge it yourself")
     if max(width, height) > MAX_RATIO * min(width, height):
-        return "", f"is {width}x{height}: crop it to 1:{MAX_RATIO} or less"
-    return hashlib.sha256(path.read_bytes()).hexdigest(), ""
+        return Look(reason=f"is {width}x{height}: crop it to 1:{MAX_RATIO} or less")
+    return Look(size, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
 # ---- captions
@@ -230,10 +285,21 @@ def describe(folder: Folder) -> str:
     report = f"{folder.path}: {len(folder)} pictures at {folder.resolution}x{folder.resolution}"
     report += f", {empty} captions are empty" * bool(empty)
     report += f", {broken} captions are not UTF-8" * bool(broken)
+    counts = Counter(folder.sizes).most_common()
+    if len(counts) > 1:
+        report += "\nshapes " + ", ".join(f"{w}x{h} {n}" for (h, w), n in counts)
     if folder.left_out:
         report += f"\nleft out {len(folder.left_out)}: "
         report += first_reasons(folder.path, folder.left_out)
     return report
+
+
+def write_left_out(folder: Folder, path: Path) -> Path:
+    """Every file that is not trained on and why, a line each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (f"{os.path.relpath(p, folder.path)!r} {why}\n" for p, why in folder.left_out)
+    path.write_text("".join(lines), errors="replace")
+    return path
 
 
 def first_reasons(folder: Path, left_out: list[tuple[Path, str]]) -> str:
@@ -242,7 +308,22 @@ def first_reasons(folder: Path, left_out: list[tuple[Path, str]]) -> str:
     return "; ".join(reasons) + f"; and {len(left_out) - 5} more" * (len(left_out) > 5)
 
 
-# ---- latents
+# ---- latents and text, kept
+
+
+def digest(*facts) -> str:
+    """A name for what is made of these facts: other facts, another name."""
+    return hashlib.sha256(json.dumps([RULES, *facts], default=str).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file of weights, or of all in a folder of shards."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
 
 
 def cached(
@@ -262,24 +343,225 @@ def cached(
     return tensors
 
 
+@dataclass(frozen=True)
+class Store:
+    """A folder of small safetensors, one for each key: what is killed half way goes on."""
+
+    folder: Path
+
+    def path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def lacks(self, keys: Sequence[str]) -> list[int]:
+        """Which of them are not there, or damaged."""
+        return [i for i, key in enumerate(keys) if not is_sound(self.path(key))]
+
+    def write(self, key: str, tensors: dict[str, Tensor]) -> None:
+        save(self.path(key), tensors, {"key": key})
+
+    def rows(self, keys: Sequence[str], name: str) -> "Stored":
+        return Stored([self.path(key) for key in keys], name)
+
+
+def is_sound(path: Path) -> bool:
+    try:
+        return path.exists() and bool(open_checkpoint(path).shapes)
+    except UserError:
+        return False
+
+
+class Stored:
+    """Tensors on disk, read when asked for: stands for one tensor (n, ...) of all of them."""
+
+    def __init__(self, paths: list[Path], name: str):
+        self.paths, self.name, self.kept, self.room = paths, name, {}, MEMORY
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """(B, ...), of rows (B,) of one shape."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            return torch.stack(list(pool.map(self.row, rows.tolist())))
+
+    def row(self, i: int) -> Tensor:
+        if i in self.kept:
+            return self.kept[i]
+        tensor = open_checkpoint(self.paths[i]).get(self.name)
+        if tensor.nbytes < self.room:
+            self.kept[i], self.room = tensor, self.room - tensor.nbytes
+        return tensor
+
+
 @torch.no_grad()
-def encode_images(
+def encode_rows(
     source: Folder,  # or whatever has a length and images(rows): the toy world
+    rows: Sequence[int],
+    autoencoder: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Latents (B, C, h, w) of these images, on the CPU. UserError: one of them is not finite."""
+    latents = autoencoder.encode(source.images(rows).to(device, dtype)).cpu()
+    finite = latents.isfinite().flatten(1).all(1)  # (B,)
+    if not finite.all():
+        row = rows[finite.tolist().index(False)]
+        name = source.files[row] if hasattr(source, "files") else f"image {row}"
+        raise UserError(f"the latents of {name} hold NaN or Inf in {dtype}: pass --dtype fp32")
+    return latents
+
+
+def encode_images(
+    source: Folder,
     autoencoder: nn.Module,
     device: torch.device,
     dtype: torch.dtype,
     batch_size: int,
     label: str,
 ) -> Tensor:
-    """Latents of every image, (n, C, h, w), on the CPU."""
+    """Latents of every image of a source whose images have one size, (n, C, h, w), on the CPU."""
+    starts = tqdm(range(0, len(source), batch_size), label, leave=False, unit="batch")
+    rows = (range(first, min(first + batch_size, len(source))) for first in starts)
+    return torch.cat([encode_rows(source, r, autoencoder, device, dtype) for r in rows])
+
+
+def batches_of_a_size(folder: Folder, rows: Sequence[int], pixels: int = 2**22) -> list[list[int]]:
+    """Rows in batches of one size and at most so many pixels (or one picture)."""
+    of_size = {}
+    for row in rows:
+        of_size.setdefault(folder.sizes[row], []).append(row)
     batches = []
-    for first in tqdm(range(0, len(source), batch_size), label, leave=False, unit="batch"):
-        rows = range(first, min(first + batch_size, len(source)))
-        latents = autoencoder.encode(source.images(rows).to(device, dtype)).cpu()  # (B, C, h, w)
-        finite = latents.isfinite().flatten(1).all(1)  # (B,)
-        if not finite.all():
-            row = rows[finite.tolist().index(False)]
-            name = source.files[row] if hasattr(source, "files") else f"image {row}"
-            raise UserError(f"the latents of {name} hold NaN or Inf in {dtype}: pass --dtype fp32")
-        batches.append(latents)
-    return torch.cat(batches)
+    for (height, width), members in sorted(of_size.items()):
+        n = max(1, pixels // (height * width))
+        batches += [members[i : i + n] for i in range(0, len(members), n)]
+    return batches
+
+
+def store_latents(
+    folder: Folder,
+    store: Store,
+    identity: str,
+    load: Callable[[], nn.Module],
+    device: torch.device,
+    dtype: torch.dtype,
+    label: str,
+    share: slice = slice(None),
+) -> list[str]:
+    """Encode what the store lacks, and return the key of every row's latents.
+
+    identity: of the autoencoder's weights. load: gives it; called only if something is to encode.
+    share: the part of the missing rows that this process encodes.
+    """
+    keys = [
+        digest("latents", identity, str(dtype), sha256, size)
+        for sha256, size in zip(folder.hashes, folder.sizes)
+    ]
+    batches = batches_of_a_size(folder, store.lacks(keys))[share]
+    if batches:
+        autoencoder = load()
+        for rows in tqdm(batches, label, leave=False, unit="batch"):
+            latents = encode_rows(folder, rows, autoencoder, device, dtype)
+            for row, single in zip(rows, latents):
+                store.write(keys[row], {"latents": single})
+    return keys
+
+
+# ---- all that a trainer sees
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What both stages train on, encoded once: tensors, or rows that stay on disk (Stored)."""
+
+    base_latents: Tensor | Stored | None  # (n, C, h, w) of the base's autoencoder
+    latents: Tensor | Stored  # (n, C', h', w') of the new one
+    cond: tuple[Tensor | Stored, ...]  # of the distinct captions
+    caption: Tensor  # (n,) which of them
+    null_cond: tuple[Tensor, ...]  # of the empty caption
+    guided: bool = True  # the model takes guidance as an input: FLUX
+    sizes: tuple = ()  # of each picture, in pixels; (): all the same
+    names: tuple[str, ...] = ()  # of each picture
+    captions: tuple[str, ...] = ()  # the distinct ones
+
+    def __len__(self) -> int:
+        """How many are trained on. The last ones are held out."""
+        return len(self.latents) - min(VALIDATION, len(self.latents) // 8)
+
+    def of_a_size(self, rows: range) -> list[Tensor]:
+        groups = {}
+        for row in rows:
+            groups.setdefault(self.sizes[row] if self.sizes else 0, []).append(row)
+        return [torch.tensor(group) for group in groups.values()]
+
+    @cached_property
+    def trained(self) -> list[Tensor]:
+        return self.of_a_size(range(len(self)))
+
+    @cached_property
+    def held_out(self) -> list[Tensor]:
+        return self.of_a_size(range(len(self), len(self.latents)))
+
+    def names_of(self, rows: Tensor) -> Callable[[], list[str]]:
+        return lambda: [self.names[row] for row in rows] if self.names else []
+
+    def draw(self, size: int, generator: torch.Generator) -> Tensor:
+        """Rows (B,) of one size; every picture is as likely as any other."""
+        group = self.trained[0]
+        if len(self.trained) > 1:
+            counts = torch.tensor([float(len(group)) for group in self.trained])
+            group = self.trained[torch.multinomial(counts, 1, generator=generator)]
+        return group[torch.randint(len(group), (size,), generator=generator)]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An autoencoder that is not loaded yet."""
+
+    name: str
+    identity: str  # the digest of its weights and config
+    load: Callable[[], nn.Module]
+    device: torch.device
+    dtype: torch.dtype
+
+
+def encode(source, encoder: Encoder, cache: Path) -> "Tensor | Stored":
+    """Latents (n, C, h, w) of every picture, each process having encoded its part.
+
+    source: a Folder, whose latents stay on disk, or the toy world, whose latents are one file.
+    """
+    how = (encoder.load, encoder.device, encoder.dtype, encoder.name)
+    if isinstance(source, Folder):
+        share = slice(training.rank(), None, training.world())
+        keys = store_latents(source, Store(cache), encoder.identity, *how, share)
+        training.wait_for_all()
+        return Store(cache).rows(keys, "latents")
+
+    def compute() -> dict[str, Tensor]:
+        load, device, dtype, name = how
+        return {"latents": encode_images(source, load(), device, dtype, 64, name)}
+
+    path = cache / f"{Path(encoder.name).stem}.safetensors"
+    key = f"{source.key} | {encoder.identity} {encoder.dtype}"
+    return training.on_first(lambda: cached(path, key, compute))["latents"]
+
+
+def encode_captions(
+    kind: str, repo: str, captions: list[str], cache: Path, device, dtype: torch.dtype
+) -> tuple[list[str], tuple, tuple]:
+    """(the distinct captions, their cond, null_cond): tensors (toy), or rows that stay on disk."""
+    distinct = sorted(set(captions))
+    if kind == "toy":
+        cond, _ = text.encode(kind, repo, ["", *distinct], device=device)
+        return distinct, tuple(c[1:] for c in cond), tuple(c[:1] for c in cond)
+    # SANA's unconditional prompt goes without instruction, like a negative one.
+    prompts = [("", kind == "sana"), *((caption, False) for caption in distinct)]
+    store = Store(cache)
+    keys = [text.cache_key(kind, repo, dtype, prompt) for prompt in prompts]
+    if missing := store.lacks(keys)[training.rank() :: training.world()]:
+        rows = text.encode_each(kind, repo, [prompts[i] for i in missing], device, dtype)
+        bar = tqdm(missing, "text", leave=False)
+        for outputs, i in zip(rows, bar):
+            store.write(keys[i], {str(j): output for j, output in enumerate(outputs)})
+    training.wait_for_all()
+    null = tuple(store.rows(keys[:1], str(i))[torch.tensor([0])] for i in range(2))
+    return distinct, tuple(store.rows(keys[1:], str(i)) for i in range(2)), null

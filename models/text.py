@@ -11,6 +11,7 @@ import gc
 import hashlib
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -234,21 +235,30 @@ def encode(
         known = {name: stored.get(name) for name in stored.shapes}
     missing = [pair for pair in keys if f"{keys[pair]}.0" not in known]
     if missing:
-        encoder = open_encoder(kind, source, torch.device(device), dtype)
-        for prompt, negative in missing:  # one at a time: no result depends on its neighbours
-            for i, output in enumerate(encoder.encode([prompt], negative)):
-                known[f"{keys[prompt, negative]}.{i}"] = output[0].cpu()
-        if any(encoder.cut.values()):
-            lost = ", ".join(f"{reader} {count}" for reader, count in encoder.cut.items())
-            print(f"prompts over the limit: tokens not read by {lost}", file=sys.stderr)
-        del encoder
-        gc.collect()
-        torch.cuda.empty_cache()
+        for outputs, pair in zip(encode_each(kind, source, missing, device, dtype), missing):
+            for i, output in enumerate(outputs):
+                known[f"{keys[pair]}.{i}"] = output
         if cache:
             weights.save(cache, known, {"stage": "text"})
     rows = [tuple(known[f"{keys[pair]}.{i}"] for i in range(2)) for pair in wanted]
     positive, rest = rows[: len(prompts)], rows[len(prompts) :]
     return tuple(map(torch.stack, zip(*positive))), tuple(map(torch.stack, zip(*rest)))
+
+
+@torch.no_grad()
+def encode_each(
+    kind: str, source: str, prompts: list[tuple[str, bool]], device, dtype: torch.dtype
+) -> Iterator[Cond]:
+    """cond of each (prompt, is it negative), without batch dimension; the encoders are freed."""
+    encoder = open_encoder(kind, source, torch.device(device), dtype)
+    for prompt, negative in prompts:  # one at a time: no result depends on its neighbours
+        yield tuple(output[0].cpu() for output in encoder.encode([prompt], negative))
+    if any(encoder.cut.values()):
+        lost = ", ".join(f"{reader} {count}" for reader, count in encoder.cut.items())
+        print(f"prompts over the limit: tokens not read by {lost}", file=sys.stderr)
+    del encoder
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def open_encoder(

@@ -68,13 +68,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
 
-def parse_config(cls: type, doc: str, argv: Sequence[str] | None = None):
+def parse_config(
+    cls: type, doc: str, argv: Sequence[str] | None = None, defaults: dict | None = None
+):
     """Flags from a dataclass: `doc` and the comments behind its fields are the help.
 
-    A field without default is a positional argument; `from_` is the flag --from.
+    A field without default is a positional argument; `from_` is the flag --from. `defaults` stand
+    for the fields' own.
     """
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    notes = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
+    text = "\n".join(inspect.getsource(part) for part in cls.__mro__[:-1])
+    notes = dict(re.findall(r"^    (\w+):.*?  # (.*)$", text, re.MULTILINE))
     for field in fields(cls):
         kind, note = field.type, notes.get(field.name, "").replace("%", "%%")
         if isinstance(kind, types.UnionType):  # str | None
@@ -83,10 +87,11 @@ def parse_config(cls: type, doc: str, argv: Sequence[str] | None = None):
             parser.add_argument(field.name, type=kind, help=note)
             continue
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        if field.default not in ("", None) and kind is not bool:
+        default = (defaults or {}).get(field.name, field.default)
+        if default not in ("", None) and kind is not bool:
             note = f"{note} (default: %(default)s)"
         flag = "--" + field.name.strip("_").replace("_", "-")
-        parser.add_argument(flag, dest=field.name, default=field.default, help=note, **how)
+        parser.add_argument(flag, dest=field.name, default=default, help=note, **how)
     return cls(**vars(parser.parse_args(argv)))
 
 
@@ -517,10 +522,10 @@ def merge_lora(weight: Tensor, run: Checkpoint, stem: str) -> Tensor:
 def save(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file that is all there or not there: a temporary, then a rename."""
     path = Path(path)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor.float()).all():
             raise UserError(f"{path} not written: {name} holds NaN or Inf; lower the learning rate")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     size = sum(tensor.nbytes for tensor in tensors.values())
     partial = path.with_name(f".tmp-{path.name}")  # one name: the next save cleans up after a kill
     try:
@@ -533,7 +538,15 @@ def save(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str])
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
+        sync_folder(path.parent)
     except (SafetensorError, OSError) as error:
         if partial.exists():
             partial.unlink()
         raise UserError(f"{path} not written ({error}); what was there before is intact") from None
+
+
+def sync_folder(folder: Path) -> None:
+    """A rename is on the disk when its folder is."""
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)

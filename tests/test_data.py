@@ -11,7 +11,20 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from models.data import cached, describe, encode_images, open_folder, open_image
+from models.data import (
+    MAX_RATIO,
+    Store,
+    batches_of_a_size,
+    buckets,
+    cached,
+    describe,
+    encode_images,
+    file_digest,
+    nearest,
+    open_folder,
+    open_image,
+    store_latents,
+)
 from models.weights import UserError
 
 RED, WHITE, BLACK = (1, -1, -1), (1, 1, 1), (-1, -1, -1)
@@ -425,3 +438,105 @@ def test_a_cache_is_used_only_under_its_key(tmp_path):
     with pytest.raises(UserError, match="NaN"):
         cached(path, "k3", lambda: compute(float("nan")))
     assert cached(path, "k2", lambda: compute(8.0))["latents"][0, 0] == 5
+
+
+# ---- shapes
+
+
+@pytest.mark.parametrize("resolution, factor", [(128, 32), (512, 32), (1024, 32), (4096, 64)])
+def test_buckets_are_whole_tokens_and_no_larger_than_the_square(resolution, factor):
+    shapes = buckets(resolution, factor)
+    assert (resolution, resolution) in shapes and len(set(shapes)) == len(shapes)
+    for height, width in shapes:
+        assert height % factor == width % factor == 0 and (width, height) in shapes
+        assert 0.9 * resolution**2 < height * width <= resolution**2
+        assert max(height, width) <= MAX_RATIO * min(height, width)
+
+
+def test_a_picture_goes_to_the_shape_that_crops_it_least():
+    shapes = buckets(1024, 32)
+    for height, width in ((1000, 1500), (900, 1600), (3000, 2000), (1024, 1024), (4000, 1001)):
+        kept = {(h, w): min(h / height, w / width) / max(h / height, w / width) for h, w in shapes}
+        assert kept[nearest(shapes, height, width)] == max(kept.values()) > 0.9
+
+
+def test_pictures_of_each_shape_are_cropped_to_it_and_counted(tmp_path):
+    write(tmp_path / "wide.png", (300, 200))
+    write(tmp_path / "tall.png", (200, 300))
+    write(tmp_path / "also_wide.png", (320, 190))
+    write(tmp_path / "square.png", (140, 130))
+    write(tmp_path / "wide_and_low.png", (150, 90))  # its shape is 160x96
+    folder = open_folder(tmp_path, 128, 32)
+    assert reasons(folder) == {
+        "wide_and_low.png": "is 150x90: lower --resolution below the 160x96 of its shape, "
+        "or enlarge it yourself"
+    }
+    sizes = {path.name: size for path, size in zip(folder.files, folder.sizes)}
+    assert sizes == {
+        "also_wide.png": (96, 160), "square.png": (128, 128),
+        "tall.png": (160, 96), "wide.png": (96, 160),
+    }  # fmt: skip
+    assert folder.images([0, 3]).shape == (2, 3, 96, 160)
+    assert "shapes 160x96 2, 128x128 1, 96x160 1" in describe(folder)
+    batches = batches_of_a_size(folder, range(4), pixels=2 * 96 * 160)
+    assert batches == [[0, 3], [1], [2]]  # one size a batch
+
+
+# ---- what is kept
+
+
+def encode_all(folder, store, identity: str = "weights", dtype=torch.float32) -> tuple[list, int]:
+    """(keys, how often the autoencoder was loaded)."""
+    loads = []
+
+    def load():
+        loads.append(1)
+        return Averages()
+
+    keys = store_latents(folder, store, identity, load, torch.device("cpu"), dtype, "encode")
+    return keys, len(loads)
+
+
+def test_latents_are_made_once_and_again_for_whatever_has_changed(tmp_path):
+    rng = np.random.default_rng(0)
+    for i, size in enumerate([(160, 96), (128, 128), (96, 160)]):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        pixels = rng.integers(0, 255, (*size[::-1], 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "in" / f"{i}.png")
+        (tmp_path / "in" / f"{i}.txt").write_text("noise")
+    store, folder = Store(tmp_path / "cache"), open_folder(tmp_path / "in", 128, 32)
+    keys, loads = encode_all(folder, store)
+    assert loads == 1 and encode_all(folder, store) == (keys, 0)
+    rows = store.rows(keys, "latents")
+    for i in range(3):
+        expected = Averages().encode(folder.images([i]))
+        assert torch.equal(rows[torch.tensor([i, i])], expected.expand(2, -1, -1, -1))
+    assert not set(keys) & set(encode_all(folder, store, "other weights")[0])
+    assert not set(keys) & set(encode_all(folder, store, dtype=torch.bfloat16)[0])
+    assert not set(keys) & set(encode_all(open_folder(tmp_path / "in", 64, 32), store)[0])
+    # A caption is not part of a latent, and a moved picture is the same picture.
+    (tmp_path / "in" / "0.txt").write_text("another")
+    os.rename(tmp_path / "in" / "1.png", tmp_path / "in" / "x.png")
+    os.rename(tmp_path / "in" / "1.txt", tmp_path / "in" / "x.txt")
+    again, loads = encode_all(open_folder(tmp_path / "in", 128, 32), store)
+    assert loads == 0 and sorted(again) == sorted(keys)
+
+
+def test_a_damaged_row_is_encoded_again(tmp_path):
+    for i in range(3):
+        write(tmp_path / "in" / f"{i}.png", (40 + i, 40))
+    store, folder = Store(tmp_path / "cache"), open_folder(tmp_path / "in", 32)
+    keys, _ = encode_all(folder, store)
+    before = store.path(keys[1]).read_bytes()
+    store.path(keys[1]).write_bytes(before[:-4])
+    assert store.lacks(keys) == [1]
+    assert encode_all(folder, store) == (keys, 1)
+    assert store.path(keys[1]).read_bytes() == before
+
+
+def test_the_digest_of_weights_is_of_their_content(tmp_path):
+    for name, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
+        (tmp_path / f"{name}.safetensors").write_bytes(content)
+    a, b, c = (file_digest(tmp_path / f"{name}.safetensors") for name in "abc")
+    assert a == b != c
+    assert file_digest(tmp_path) not in (a, c)
