@@ -27,22 +27,24 @@ import copy
 import json
 import math
 import subprocess
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+import dcae
 import sample
-from models import data, text, toy, weights
+from models import data, text, toy, training, vae, weights
+from models.data import Pictures
 from models.flux import Flux
 from models.weights import UserError
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(training.Options):
     model: str = "flux-toy"  # the base: a name in sample.MODELS or a path
     autoencoder: str = "dc-ae-f32c32-toy"  # the new latent space
     data: str = ""  # a folder of images with same-stem .txt captions; "": the toy world
@@ -66,64 +68,63 @@ class Config:
     out: str = ""  # "": runs/<model>
 
 
+# For official models, unless flags say otherwise. Steps as in the paper, the rest is customary.
+LARGE = dict(
+    embed_steps=2000, embed_lr=1e-3, embed_batch=64, steps=10_000, lr=1e-4, shift=0.0,
+    micro_batch=1, checkpointing=True, warmup=200, save_every=500, preview_every=1000,
+)  # fmt: skip
+
+
 # ---- data
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """What both stages train on; encoded once, on the CPU. The last VALIDATION are held out."""
-
-    base_latents: Tensor | None  # (n, C, h, w) of the base's autoencoder
-    latents: Tensor  # (n, C', h', w') of the new one
-    cond: tuple[Tensor, ...]  # of the distinct captions
-    caption: Tensor  # (n,) which of them
-    null_cond: tuple[Tensor, ...]  # of the empty caption
-
-    def __len__(self) -> int:
-        return len(self.latents) - VALIDATION
-
-
-VALIDATION = 64
-
-
-def open_source(config, size: int, device: torch.device):
+def open_source(config, size: int, factor: int, out: Path, device: torch.device):
     """Anything with captions, images(rows) and a key: a folder of the user's, or the toy world."""
-    if config.data:
-        folder = data.open_folder(config.data, size)
-        print(data.describe(folder))
-        return folder
-    return toy.Source(config.scenes, seed=1000 + config.seed, device=device)
+    if not config.data:
+        return toy.Source(config.scenes, seed=1000 + config.seed, device=device)
+    folder = training.on_first(lambda: data.open_folder(config.data, size, factor))
+    folder = data.shuffled(folder)
+    print(data.describe(folder))
+    if folder.left_out and training.rank() == 0:
+        print(f"all of them: {data.write_left_out(folder, out / 'left_out.txt')}")
+    return folder
 
 
-def encode(source, autoencoder: nn.Module, name: str, out: Path, device) -> Tensor:
-    """Latents (n, C, h, w) of every picture, from the run's cache if it is of these very ones."""
-    values = torch.stack([p.double().square().sum() for p in autoencoder.parameters()])
-    key = f"{source.key} | {name} {values.sum().item()!r}"  # other weights, other latents
-    path = out / "cache" / f"{Path(name).stem}.safetensors"
+def open_autoencoder(name: str, config, device, dtype) -> data.Encoder:
+    """What the cache must know of an autoencoder, which is loaded only if there is work for it."""
+    path, preset = weights.locate(name, dcae.PRESETS | vae.PRESETS, config.weights or None, "vae")
+    checkpoint = weights.open_checkpoint(path, "vae")
+    identity = data.digest(data.file_digest(checkpoint.path), preset or checkpoint.config)
 
-    def compute():
-        return {"latents": data.encode_images(source, autoencoder, device, torch.float32, 64, name)}
+    def load() -> nn.Module:
+        return sample.load_autoencoder(name, config.weights, device, dtype)
 
-    return data.cached(path, key, compute)["latents"]
+    return data.Encoder(name, identity, load, device, dtype)
 
 
-def prepare(config, spec: dict, autoencoders: dict, source, out: Path, device) -> Pictures:
-    """Every image through each of {name: autoencoder}, the last of them new; and the captions."""
-    if len(source) < 2 * VALIDATION:
-        raise UserError(f"{len(source)} pictures; at least {2 * VALIDATION} are needed to train")
-    encoded = [encode(source, a, name, out, device) for name, a in autoencoders.items()]
+def prepare(config, spec: dict, names: list[str], source, out: Path, device, dtype) -> Pictures:
+    """Every image through each of the named autoencoders, the last of them new; and the captions."""
+    if len(source) < data.FEWEST:
+        raise UserError(f"{len(source)} pictures; at least {data.FEWEST} are needed to train")
     captions = source.captions
     if spec["text"] == "toy":
         captions = [toy.known_words(caption) for caption in captions]
-    distinct = sorted(set(captions))
-    cond, _ = text.encode(spec["text"], spec["repo"], ["", *distinct], device=device)
+    cache = out / "cache"
+    words = (spec["text"], sample.text_source(spec, config.weights))
+    distinct, cond, null_cond = data.encode_captions(*words, captions, cache, device, dtype)
+    encoders = [open_autoencoder(name, config, device, dtype) for name in names]
+    encoded = [data.encode(source, encoder, cache) for encoder in encoders]
     index = {caption: i for i, caption in enumerate(distinct)}
     return Pictures(
         base_latents=encoded[0] if len(encoded) == 2 else None,
         latents=encoded[-1],
-        cond=tuple(c[1:] for c in cond),
+        cond=cond,
         caption=torch.tensor([index[c] for c in captions]),
-        null_cond=tuple(c[:1] for c in cond),
+        null_cond=null_cond,
+        guided=spec["text"] != "sana",
+        sizes=tuple(getattr(source, "sizes", ())),
+        names=tuple(map(str, getattr(source, "files", ()))),
+        captions=tuple(distinct),
     )
 
 
@@ -134,66 +135,103 @@ class Batch:
     timestep: Tensor  # (B,)
     cond: tuple[Tensor, ...]
     null_cond: tuple[Tensor, ...]
-    guidance: Tensor  # (B,)
+    guidance: Tensor | None  # (B,), None if the model does not take it
+    rows: Tensor | None = None  # of the pictures, all processes' together
+
+    def part(self, rows: slice, device) -> "Batch":
+        def take(value):
+            if isinstance(value, tuple):
+                return tuple(map(take, value))
+            return value if value is None else value[rows].to(device)
+
+        taken = {f.name: take(getattr(self, f.name)) for f in fields(self) if f.name != "rows"}
+        return Batch(**taken, rows=self.rows)
 
 
 def draw_batch(
-    pictures: Pictures, config, shift: float, step: int, device, held_out=False
+    pictures: Pictures, config, shift: float, step: int, device, held_out: Tensor | None = None
 ) -> Batch:
     """Batch `step` of the run: a function of the seed and the step alone, so a run can go on.
 
-    Drawn on the CPU: the same batch on every device. held_out: the same batch of unseen pictures.
+    Drawn on the CPU: the same batch on every device; of several processes each takes its share.
+    held_out: the same for these rows.
     """
     generator = torch.Generator("cpu").manual_seed(config.seed * 1_000_003 + step)
-    size = VALIDATION if held_out else config.batch_size
-    rows = torch.randint(len(pictures), (size,), generator=generator)
-    if held_out:
-        rows = len(pictures) + torch.arange(size)
+    size = config.batch_size if held_out is None else len(held_out)
+    rows = pictures.draw(size, generator)
+    rows = rows if held_out is None else held_out
     timestep = torch.randn(size, generator=generator).sigmoid()
     timestep = sample.shifted(timestep, shift)  # as far into the noise as the sampler goes
-    noise = torch.randn(size, *pictures.latents.shape[1:], generator=generator)
+    share = slice(training.rank(), None, training.world())
+    latents = pictures.latents[rows[share]]
+    noise = torch.randn(size, *latents.shape[1:], generator=generator)
     guidance = 1 + (config.guidance_max - 1) * torch.rand(size, generator=generator)
-    dropped = torch.rand(size, generator=generator) < (0 if held_out else config.dropout)
-    null_cond = tuple(c.expand(size, *c.shape[1:]) for c in pictures.null_cond)
-    cond = tuple(c[pictures.caption[rows]] for c in pictures.cond)
+    dropped = torch.rand(size, generator=generator) < (config.dropout if held_out is None else 0)
+    noise, timestep, guidance, dropped = (n[share] for n in (noise, timestep, guidance, dropped))
+    null_cond = tuple(c.expand(len(noise), *c.shape[1:]) for c in pictures.null_cond)
+    cond = tuple(c[pictures.caption[rows[share]]] for c in pictures.cond)
     cond = tuple(
         torch.where(dropped.view(-1, *[1] * (c.dim() - 1)), n, c) for c, n in zip(cond, null_cond)
     )
-    numbers = (pictures.latents[rows], noise, timestep, guidance)
-    latents, noise, timestep, guidance = (n.to(device) for n in numbers)
-    cond, null_cond = (tuple(c.to(device) for c in pair) for pair in (cond, null_cond))
-    return Batch(latents, noise, timestep, cond, null_cond, guidance)
+    guidance = guidance if pictures.guided else None
+    whole = Batch(latents.float(), noise, timestep, cond, null_cond, guidance, rows)
+    return whole.part(slice(None), device)
+
+
+def parts(batch: Batch, size: int, device) -> Iterator[tuple[Batch, float]]:
+    """The batch in passes of `size` pictures (0: at once), and the weight of each one's loss."""
+    n = len(batch.noise)
+    for first in range(0, n, size or n):
+        part = batch.part(slice(first, first + (size or n)), device)
+        yield part, len(part.noise) / len(batch.rows)
 
 
 # ---- model
 
 
-def transplant(base: Flux, latent_channels: int, position_stride: int) -> Flux:
+def transplant(base: nn.Module, latent_channels: int, position_stride: int) -> nn.Module:
     """The base with new doors for latents of `latent_channels`; everything between is shared.
 
     The head starts at zero: a model that says nothing is better than one that says noise.
+    The doors are fp32, whatever the base is: they are to be trained.
     """
-    changed = {
-        "in_channels": latent_channels,
-        "out_channels": None,
-        "position_stride": position_stride,
-    }
+    changed = {"in_channels": latent_channels, "out_channels": None}
+    if isinstance(base, Flux):
+        changed["position_stride"] = position_stride
     with torch.device("meta"):
-        model = Flux(**base.config | changed)
-    like = base.img_in.weight
+        model = type(base)(**base.config | changed)
+    new_embedder, new_head = embedder(model), model.final_layer.linear
     for name, child in base.named_children():
         setattr(model, name, child)
-    width = like.shape[0]
-    model.img_in = nn.Linear(latent_channels, width, device=like.device)
-    model.final_layer = copy.deepcopy(base.final_layer)
-    model.final_layer.linear = nn.Linear(width, latent_channels, device=like.device)
-    nn.init.zeros_(model.final_layer.linear.weight)
-    nn.init.zeros_(model.final_layer.linear.bias)
+    setattr(model, embedder_name(model), new_embedder)
+    model.final_layer = copy.deepcopy(base.final_layer).float()
+    model.final_layer.linear = new_head
+    for door in (new_embedder, new_head):
+        door.to_empty(device=next(base.parameters()).device)
+        for layer in door.modules():
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+    nn.init.zeros_(new_head.weight)
+    nn.init.zeros_(new_head.bias)
     return model
 
 
-def doors(model: Flux) -> list[nn.Module]:
-    return [model.img_in, model.final_layer]
+def embedder_name(model: nn.Module) -> str:
+    return "img_in" if isinstance(model, Flux) else "x_embedder"
+
+
+def embedder(model: nn.Module) -> nn.Module:
+    return getattr(model, embedder_name(model))
+
+
+def doors(model: nn.Module) -> list[nn.Module]:
+    return [embedder(model), model.final_layer]
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    if isinstance(model, Flux):
+        return [*model.double_blocks, *model.single_blocks]
+    return [*model.blocks]
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
@@ -204,7 +242,7 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 
 def alignment_loss(
-    model: Flux, base: Flux, latents: Tensor, base_latents: Tensor
+    model: nn.Module, base: nn.Module, latents: Tensor, base_latents: Tensor
 ) -> tuple[Tensor, Tensor]:
     """eq. (1), and the variance of its target: 1 - loss / variance is the share explained."""
     grid = [n // base.patch_size for n in base_latents.shape[2:]]
@@ -230,18 +268,66 @@ def flow_loss(model: nn.Module, batch: Batch, recover: bool) -> Tensor:
     if recover:
         velocity = recovered_velocity(model, noisy, batch)
     else:
-        velocity = model(noisy, batch.timestep, *batch.cond, batch.guidance).float()
+        scale = () if batch.guidance is None else (batch.guidance,)
+        velocity = model(noisy, batch.timestep, *batch.cond, *scale).float()
     return F.mse_loss(velocity, batch.noise - batch.latents)
 
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, pictures: Pictures, config, shift: float, device) -> float:
     """Flow-matching loss on unseen pictures, at 8 fixed draws of noise, timestep and guidance."""
-    batches = (
-        draw_batch(pictures, replace(config, seed=0), shift, i, device, held_out=True)
-        for i in range(8)
-    )
-    return sum(flow_loss(model, batch, recover=True).item() for batch in batches) / 8
+    fixed = replace(config, seed=0)
+    n, loss = len(pictures.latents) - len(pictures), 0.0
+    for i in range(8):
+        for rows in pictures.held_out:
+            batch = draw_batch(pictures, fixed, shift, i, "cpu", held_out=rows)
+            for part, share in parts(batch, config.micro_batch, device):
+                with training.autocast(model, device):
+                    value = flow_loss(model, part, takes_guidance(model)).item()
+                loss += value * share * (len(rows) / n)
+    return training.total(loss, device) / 8
+
+
+@torch.no_grad()
+def feature_distance(
+    model: nn.Module, base: nn.Module, pictures: Pictures, config, device, n: int = 8
+) -> list[float]:
+    """Mean squared distance of the two models' image tokens after each block, on unseen pictures.
+
+    The base's are averaged over those that one new token covers, as in eq. (1). Both see the clean
+    latents of the same picture (t = 0): the paper's figure for what alignment does.
+    """
+    sums = None
+    rows = pictures.held_out[0][:n]
+    for row in rows.split(1):
+        features = []
+        for network, latents in ((base, pictures.base_latents), (model, pictures.latents)):
+            latents = latents[row].float().to(device)
+            cond = [c[pictures.caption[row]].to(device) for c in pictures.cond]
+            scale = [torch.ones(1, device=device)] if pictures.guided else []
+            grid = [side // network.patch_size for side in latents.shape[2:]]
+            with training.autocast(network, device):
+                kept = image_tokens(network, latents, cond, scale, math.prod(grid))
+            features.append([tokens.mT.unflatten(2, grid) for tokens in kept])  # (1, D, h, w)
+        distances = torch.stack(
+            [F.mse_loss(F.adaptive_avg_pool2d(b, m.shape[2:]), m) for b, m in zip(*features)]
+        )
+        sums = distances if sums is None else sums + distances
+    return (sums / len(rows)).tolist()
+
+
+def image_tokens(model: nn.Module, latents: Tensor, cond: list, scale: list, n: int) -> list:
+    """(1, N, D) after each block, in fp32. FLUX's single blocks have the text in front."""
+    kept = []
+
+    def keep(_block, _inputs, out) -> None:
+        kept.append((out[0] if isinstance(out, tuple) else out)[:, -n:].float())
+
+    hooks = [block.register_forward_hook(keep) for block in blocks(model)]
+    model(latents, torch.zeros(1, device=latents.device), *cond, *scale)
+    for hook in hooks:
+        hook.remove()
+    return kept
 
 
 # ---- train
@@ -251,105 +337,73 @@ def cosine(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def save_progress(path: Path, model: nn.Module, optimizer, config, step: int) -> None:
-    """All that step `step` depends on: batches are functions of seed and step, so no generator."""
-    tensors = {}
-    for name, p in trained(model).items():
-        moments = optimizer.state[p]
-        tensors |= {
-            name: p,
-            f"{name}.mean": moments["exp_avg"],
-            f"{name}.square": moments["exp_avg_sq"],
-        }
-    weights.save(path, tensors, {"step": str(step), "command": json.dumps(asdict(config))})
+def takes_guidance(model: nn.Module) -> bool:
+    """Guidance-distilled: its velocity is to be recovered by eq. (3)."""
+    return model.config["guidance_embeds"]
 
 
-def load_progress(path: Path, model: nn.Module, optimizer, config) -> int:
-    """The step to go on at: 0, or that of an interrupted run with the same settings."""
-    if not path.exists():
-        return 0
-    checkpoint = weights.open_checkpoint(path)
-    told, now = json.loads(checkpoint.metadata["command"]), asdict(config)
-    changed = [k for k in now if now[k] != told.get(k) and k != "device"]
-    if changed:
-        raise UserError(
-            f"{path} is of an interrupted run with another {', '.join(changed)}: run that command "
-            f"again to finish it, or delete the file"
-        )
-    step = int(checkpoint.metadata["step"])
-    for name, p in trained(model).items():
-        p.data.copy_(checkpoint.get(name))
-        mean, square = (
-            checkpoint.get(f"{name}.{kind}").to(p.device) for kind in ("mean", "square")
-        )
-        optimizer.state[p] = {
-            "step": torch.tensor(float(step)),
-            "exp_avg": mean,
-            "exp_avg_sq": square,
-        }
-    return step
-
-
-def train_embedder(model: Flux, base: Flux, pictures: Pictures, config: Config, device) -> float:
+def train_embedder(
+    model: nn.Module, base: nn.Module, pictures: Pictures, config, device, out: Path
+) -> float:
     """Stage 1. Returns the share of the pooled base embedding's variance that is explained."""
-    optimizer = torch.optim.AdamW(model.img_in.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
-    bar = tqdm(range(config.embed_steps), "align 1 embedder")
-    for step in bar:
+    parameters = {f"{embedder_name(model)}.{n}": p for n, p in embedder(model).named_parameters()}
+    optimizer = training.adamw([*parameters.values()])
+    run = training.Run("align-1", parameters, optimizer, config, out)
+    share = slice(training.rank(), None, training.world())
+    for step in run.steps(config.embed_steps):
         generator = torch.Generator("cpu").manual_seed(config.seed * 1_000_003 + step)
-        rows = torch.randint(len(pictures), (config.embed_batch,), generator=generator)
-        latents, base_latents = (
-            pictures.latents[rows].to(device),
-            pictures.base_latents[rows].to(device),
-        )
+        rows = pictures.draw(config.embed_batch, generator)[share]
+        latents = pictures.latents[rows].float().to(device)
+        base_latents = pictures.base_latents[rows].float().to(device)
 
         loss, _ = alignment_loss(model, base, latents, base_latents)  # eq. (1)
-
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(step, config.embed_steps, config.embed_lr)
-        optimizer.zero_grad()
+        loss = loss * (len(rows) / config.embed_batch)
         loss.backward()
-        optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    rows = slice(len(pictures), None)
-    latents, base_latents = (
-        pictures.latents[rows].to(device),
-        pictures.base_latents[rows].to(device),
-    )
-    with torch.no_grad():
+        run.update(loss.detach(), cosine(step, config.embed_steps, config.embed_lr))
+    run.done()
+    return explained(model, base, pictures, device)
+
+
+@torch.no_grad()
+def explained(model: nn.Module, base: nn.Module, pictures: Pictures, device) -> float:
+    """1 - eq. (1) / its target's variance, on the pictures held out."""
+    losses, variances = 0.0, 0.0
+    for rows in pictures.held_out:
+        latents = pictures.latents[rows].float().to(device)
+        base_latents = pictures.base_latents[rows].float().to(device)
         loss, variance = alignment_loss(model, base, latents, base_latents)
-    return 1 - (loss / variance).item()
+        losses, variances = (
+            losses + loss.item() * len(rows),
+            variances + variance.item() * len(rows),
+        )
+    return 1 - losses / variances
 
 
 def train_doors(
-    model: Flux, pictures: Pictures, config: Config, shift: float, device, progress: Path
+    model: nn.Module, pictures: Pictures, config, shift: float, device, out: Path, watch=None
 ) -> None:
     """Stage 2: embedder and head by flow matching, through the frozen blocks."""
-    parameters = list(trained(model).values())
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
-    first = load_progress(progress, model, optimizer, config)
-    bar = tqdm(range(first, config.steps), "align 2 doors", initial=first, total=config.steps)
-    for step in bar:
-        batch = draw_batch(pictures, config, shift, step, device)
-
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = flow_loss(model, batch, recover=model.config["guidance_embeds"])  # eq. (2), (3)
-
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(step, config.steps, config.lr)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{group['lr']:.1e}", refresh=False)
-        if (step + 1) % config.save_every == 0:
-            save_progress(progress, model, optimizer, config, step + 1)
+    optimizer = training.adamw([*trained(model).values()])
+    run = training.Run("align-2", trained(model), optimizer, config, out, clip=1.0)
+    for step in run.steps(config.steps):
+        if watch and config.preview_every and step % config.preview_every == 0:
+            watch(run, step)
+        batch = draw_batch(pictures, config, shift, step, "cpu")
+        loss = torch.zeros((), device=device)
+        for part, share in parts(batch, config.micro_batch, device):
+            with training.autocast(model, device, on=device.type == "cuda"):
+                part_loss = share * flow_loss(model, part, takes_guidance(model))  # eq. (2), (3)
+            part_loss.backward()
+            loss += part_loss.detach()
+        run.update(loss, cosine(step, config.steps, config.lr), pictures.names_of(batch.rows))
+    run.done()
 
 
 # ---- report
 
 
 def header(
-    config, stage: str, spec: dict, autoencoder: str, model: Flux, shift: float, step: int
+    config, stage: str, spec: dict, autoencoder: str, model: nn.Module, shift: float, step: int
 ) -> dict[str, str]:
     """What makes a run loadable and repeatable, as a safetensors header holds it: strings."""
     commit = subprocess.run(
@@ -369,8 +423,6 @@ def show_and_score(
     contestants: dict[str, tuple], spec: dict, config, device
 ) -> tuple[dict[str, dict], dict[str, Tensor], list[str]]:
     """Scores by task (toy) and pictures of the same seeds, for each (model, decoder, shift)."""
-    if spec["text"] != "toy":
-        return {}, {}, []
     prompts = toy.draw_prompts(max(config.per_task, 1), seed=7)
     encoder = text.ToyText.from_pretrained(spec["repo"], device)
     scores, pictures = {}, {}
@@ -382,6 +434,39 @@ def show_and_score(
     return scores, pictures, [prompt.text for prompt in prompts[:9]]
 
 
+def preview(
+    model: nn.Module, autoencoder: nn.Module, spec: dict, shift: float, pictures: Pictures, device
+) -> tuple[Tensor, list[str]]:
+    """(images, captions) of four held-out captions, seeds 0 to 3, through the real sampler."""
+    rows = pictures.held_out[0][:4]
+    words = pictures.caption[rows]
+    cond = tuple(c[words].to(device) for c in pictures.cond)
+    null = tuple(c.expand(len(rows), *c.shape[1:]).to(device) for c in pictures.null_cond)
+    shape = tuple(pictures.latents[rows].shape[1:])
+    noise = sample.draw_noise([*range(len(rows))], shape).to(device)
+    tokens = math.prod(shape[1:]) // model.patch_size**2
+    sigmas = sample.timesteps(spec["steps"], spec["schedule"], tokens, shape[0], shift)
+    guided = (spec["guidance"], None if pictures.guided else null, spec["solver"])
+    with training.autocast(model, device):
+        latents = sample.sample(model, cond, noise, sigmas, *guided)
+    return sample.decode(autoencoder, latents), [pictures.captions[i] for i in words]
+
+
+def watch(stage: str, model, autoencoder, spec, shift, pictures, out: Path, device):
+    """A function that draws previews of step n, in out/previews."""
+
+    def draw(run: training.Run, step: int) -> None:
+        if training.rank() == 0:
+            with run.averaged():
+                images, captions = preview(model, autoencoder, spec, shift, pictures, device)
+            path = out / "previews" / f"{stage}-{step:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sample.contact_sheet({f"{stage}, step {step}": images}, captions).save(path)
+        training.wait_for_all()
+
+    return draw
+
+
 def print_scores(scores: dict[str, dict]) -> None:
     if not scores:
         return
@@ -391,73 +476,142 @@ def print_scores(scores: dict[str, dict]) -> None:
         print(f"{name:12}" + "".join(f"{rates[g]:10.2f}" for g in groups))
 
 
+def print_distances(distances: dict[str, list[float]]) -> None:
+    shown = range(0, len(distances["start"]), math.ceil(len(distances["start"]) / 10))
+    print("\nsquared distance to the base's features, t = 0, after block")
+    print(" " * 9 + "".join(f"{i:>9}" for i in shown))
+    for name, row in distances.items():
+        print(f"{name:9}" + "".join(f"{row[i]:9.3g}" for i in shown))
+
+
 # ---- main
 
 
 def main() -> None:
     config = weights.parse_config(Config, __doc__)
-    device = weights.pick_device(config.device)
-    torch.manual_seed(config.seed)
+    if sample.describe(config.model)["text"] != "toy":
+        config = weights.parse_config(Config, __doc__, defaults=LARGE)
+    device = training.start(config.device)
     out = Path(config.out or f"runs/{Path(config.model).stem}")
-    spec, base, base_autoencoder = sample.load_pipeline(config.model, "", config.weights, device)
-    autoencoder = sample.load_autoencoder(config.autoencoder, config.weights, device, torch.float32)
-    size = config.resolution or spec["size"]
-    for factor in (autoencoder.stride, base_autoencoder.stride * base.patch_size):
+    with training.locked(out):
+        run(config, out, device)
+    training.finish()
+
+
+def check_sizes(size: int, factors: list[int]) -> None:
+    for factor in factors:
         if size % factor:
             raise UserError(
                 f"--resolution {size} is no multiple of {factor}: "
                 f"try {size // factor * factor or factor}"
             )
-    base.requires_grad_(False)
 
-    source = open_source(config, size, device)
-    autoencoders = {spec["autoencoder"]: base_autoencoder, config.autoencoder: autoencoder}
-    pictures = prepare(config, spec, autoencoders, source, out, device)
-    stride = autoencoder.stride // (base_autoencoder.stride * base.patch_size)
-    model = transplant(base, autoencoder.latent_channels, config.position_stride or max(stride, 1))
+
+def choose_trained(model: nn.Module) -> None:
+    """Freeze by name, in the open: the two doors are trained."""
     model.requires_grad_(False)
     for door in doors(model):
         door.requires_grad_(True)
+
+
+def example(model: nn.Module, height: int, width: int) -> Batch:
+    """One picture's batch on the meta device: shapes without values."""
+    config, channels = model.config, model.latent_channels
+    with torch.device("meta"):
+        latents = torch.empty(1, channels, height, width)
+        if isinstance(model, Flux):
+            text_cond = torch.empty(1, 512, config["joint_attention_dim"])
+            cond = (text_cond, torch.empty(1, config["pooled_projection_dim"]))
+        else:
+            text_cond = torch.empty(1, 300, config["caption_channels"])
+            cond = (text_cond, torch.empty(1, 300, dtype=torch.bool))
+        guidance = torch.empty(1) if isinstance(model, Flux) else None
+        return Batch(latents, latents, torch.empty(1), cond, cond, guidance)
+
+
+def print_estimate(model: nn.Module, grid: tuple[int, int], config, steps: int, device) -> None:
+    """Memory and time, counted on the meta device."""
+    batch, recover = example(model, *grid), takes_guidance(model)
+    model = copy.deepcopy(model).to(torch.bfloat16)
+    cost = training.count(lambda: flow_loss(model, batch, recover), model, blocks(model))
+    print(training.estimate(cost, model, config, steps, device))
+
+
+def run(config: Config, out: Path, device: torch.device) -> None:
+    torch.manual_seed(config.seed)
+    # First on the meta device, without memory: do the parts fit together, and on this machine?
+    spec, base, base_autoencoder = sample.load_pipeline(config.model, "", config.weights, "meta")
+    is_toy = spec["text"] == "toy"
+    dtype = training.frozen_dtype(config, device, is_toy)
+    autoencoder = sample.load_autoencoder(config.autoencoder, config.weights, "meta", dtype)
+    size = config.resolution or spec["size"]
+    factors = [base_autoencoder.stride * base.patch_size, autoencoder.stride]
+    check_sizes(size, factors)
+    tokens = [(size // factor) ** 2 for factor in factors]
+    stride = config.position_stride or max(factors[1] // factors[0], 1)
     shift = config.shift or own_shift(spec, autoencoder, size)
+    if not is_toy:
+        grid = (size // factors[1], size // factors[1])
+        rehearsal = transplant(base, autoencoder.latent_channels, stride)
+        choose_trained(rehearsal)
+        print_estimate(rehearsal, grid, config, config.steps, device)
+
+    source = open_source(config, size, math.lcm(*factors), out, device)
+    names = [spec["autoencoder"], config.autoencoder]
+    pictures = prepare(config, spec, names, source, out, device, dtype)
+    base = sample.load_transformer(spec, config.weights, device, dtype).requires_grad_(False)
+    embedder(base).float()  # the target of eq. (1), and a match for the new one's fp32
+    model = transplant(base, autoencoder.latent_channels, stride)
+    choose_trained(model)
+    if config.checkpointing:
+        training.checkpoint_blocks(blocks(model))
+    autoencoder = sample.load_autoencoder(config.autoencoder, config.weights, device, dtype)
 
     count = sum(p.numel() for p in trained(model).values()) / 1e6
-    tokens = [
-        (size // (a.stride * m.patch_size)) ** 2
-        for a, m in ((base_autoencoder, base), (autoencoder, model))
-    ]
     print(
         f"align | {config.model} -> {config.autoencoder} | {tokens[0]} -> {tokens[1]} tokens | "
         f"{count:.2f} M trained | {len(pictures)} pictures | seed {config.seed} | {device}"
     )
-
-    losses = {"start": held_out_loss(model, pictures, config, shift, device)}
-    explained = train_embedder(model, base, pictures, config, device)
-    losses["embedder"] = held_out_loss(model, pictures, config, shift, device)
-    train_doors(model, pictures, config, shift, device, out / "align.progress.safetensors")
-    losses["aligned"] = held_out_loss(model, pictures, config, shift, device)
+    measured = (model, pictures, config, shift, device)
+    losses = {"start": held_out_loss(*measured)}
+    distances = {"start": feature_distance(model, base, pictures, config, device)}
+    share = train_embedder(model, base, pictures, config, device, out)
+    losses["embedder"] = held_out_loss(*measured)
+    distances["embedder"] = feature_distance(model, base, pictures, config, device)
+    draw = watch("align", model, autoencoder, spec, shift, pictures, out, device)
+    train_doors(*measured, out, draw)
+    losses["aligned"] = held_out_loss(*measured)
+    distances["aligned"] = feature_distance(model, base, pictures, config, device)
 
     saved = out / "align.safetensors"
     notes = header(config, "align", spec, config.autoencoder, model, shift, config.steps)
-    weights.save(saved, trained(model), notes)
-    (out / "align.progress.safetensors").unlink(missing_ok=True)
-    contestants = {
-        "base": (base, base_autoencoder, spec.get("shift")),
-        "aligned": (model, autoencoder, shift),
-    }
-    scores, images, prompts = show_and_score(contestants, spec, config, device)
-    files = [str(saved)]
-    if images:
-        files.append(str(out / "align.png"))
-        sample.contact_sheet(images, prompts).save(files[-1])
+    training.save_last(saved, trained(model), notes)
+    if training.rank() > 0:
+        return
+    images, labels, scores = {}, [], {}
+    if is_toy:
+        base_autoencoder = sample.load_autoencoder(names[0], config.weights, device, dtype)
+        contestants = {
+            "base": (base, base_autoencoder, spec.get("shift")),
+            "aligned": (model, autoencoder, shift),
+        }
+        scores, images, labels = show_and_score(contestants, spec, config, device)
+    else:
+        shown, labels = preview(model, autoencoder, spec, shift, pictures, device)
+        images = {"aligned": shown}
+    files = [str(saved), str(out / "align.png")]
+    sample.contact_sheet(images, labels).save(files[1])
 
-    print(f"\nstage 1 explains {explained:.1%} of the pooled base embedding (held out)")
+    print(f"\nstage 1 explains {share:.1%} of the pooled base embedding (held out)")
     print("held-out flow loss   " + "   ".join(f"{k} {v:.3f}" for k, v in losses.items()))
+    print_distances(distances)
     print_scores(scores)
     print(f"\nsaved  {'  '.join(files)}\nnext   python lora.py")
     figures = dict(
         stage="align",
-        explained=explained,
+        explained=share,
         held_out_loss=losses,
+        feature_distance=distances,
         scores=scores,
         tokens=tokens,
         files=files,
@@ -467,10 +621,10 @@ def main() -> None:
 
 def own_shift(spec: dict, autoencoder: nn.Module, size: int) -> float:
     """The ratio r of the model's sampling schedule, read off its middle: r s / (1 + (r - 1) s)."""
+    if spec.get("shift"):
+        return spec["shift"]
     tokens = (size // autoencoder.stride) ** 2
-    middle = sample.timesteps(
-        2, spec["schedule"], tokens, autoencoder.latent_channels, spec.get("shift")
-    )[1].item()
+    middle = sample.timesteps(2, spec["schedule"], tokens, autoencoder.latent_channels)[1].item()
     return middle / (1 - middle)
 
 

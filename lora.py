@@ -15,7 +15,6 @@ Source  DC-Gen, arXiv 2509.25180 (rank 256, alpha 256 for FLUX); LoRA, arXiv 210
 Differs The modulation layers (27% of FLUX's weights, one row a picture) get no LoRA.
 """
 
-import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,32 +22,34 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import sample
 from align import (
+    blocks,
     cosine,
     doors,
     draw_batch,
     flow_loss,
     header,
     held_out_loss,
-    load_progress,
     open_source,
+    parts,
     prepare,
+    preview,
+    print_estimate,
     print_scores,
-    save_progress,
     show_and_score,
+    takes_guidance,
     trained,
     transplant,
+    watch,
 )  # fmt: skip
-from models import weights
-from models.flux import Flux
+from models import training, weights
 from models.weights import UserError
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(training.Options):
     model: str = "flux-toy"  # the base: a name in sample.MODELS or a path
     aligned: str = ""  # align.py's file; "": runs/<model>/align.safetensors; none: fresh doors
     autoencoder: str = "dc-ae-f32c32-toy"  # only for --aligned none: else the file tells
@@ -71,6 +72,14 @@ class Config:
     seed: int = 0
     device: str = ""  # "": cuda, then mps, then cpu
     out: str = ""  # "": runs/<model>
+
+
+# For official models, unless flags say otherwise. Rank and alpha are the paper's, the rest is
+# customary.
+LARGE = dict(
+    rank=256, alpha=256.0, steps=10_000, lr=1e-4, micro_batch=1, checkpointing=True, warmup=200,
+    save_every=500, preview_every=1000,
+)  # fmt: skip
 
 
 # ---- model
@@ -102,21 +111,55 @@ class LoRALinear(nn.Module):
         return linear
 
 
-def replace_linears(model: nn.Module, kind: type, make) -> None:
-    """Every layer of `kind` inside the blocks, but the modulations, becomes make(layer)."""
-    for block in (*model.double_blocks, *model.single_blocks):
+class LoRAConv(LoRALinear):
+    """The same around a 1x1 convolution, a linear layer for each pixel: SANA's MLPs."""
+
+    def __init__(self, base: nn.Conv2d, rank: int, alpha: float):
+        super().__init__(to_linear(base), rank, alpha)
+        self.weight = base.weight
+
+    def forward(self, image: Tensor) -> Tensor:  # (B, in, h, w) -> (B, out, h, w)
+        down, up = (half.to(image.dtype)[..., None, None] for half in (self.lora_A, self.lora_B))
+        update = F.conv2d(F.conv2d(image, down), up)
+        return F.conv2d(image, self.weight, self.bias) + self.scale * update
+
+    def merged(self) -> nn.Conv2d:
+        conv = nn.Conv2d(*self.weight.shape[1::-1], 1, bias=self.bias is not None, device="meta")
+        update = self.scale * self.lora_B @ self.lora_A
+        weight = self.weight.float() + update[..., None, None]
+        conv.weight, conv.bias = nn.Parameter(weight.to(self.weight.dtype)), self.bias
+        return conv
+
+
+def to_linear(conv: nn.Conv2d) -> nn.Linear:
+    linear = nn.Linear(*conv.weight.shape[1::-1], bias=False, device="meta")
+    linear.weight, linear.bias = (
+        nn.Parameter(conv.weight[..., 0, 0], requires_grad=False),
+        conv.bias,
+    )
+    return linear
+
+
+def replace_layers(model: nn.Module, kinds: tuple, make) -> None:
+    """Every layer of these kinds inside the blocks, but the modulations, becomes make(layer)."""
+    for block in blocks(model):
         for path, module in list(block.named_modules()):
-            if isinstance(module, kind) and "mod" not in path:
+            if isinstance(module, kinds) and "mod" not in path:
                 parent, _, name = path.rpartition(".")
                 setattr(block.get_submodule(parent), name, make(module))
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float) -> None:
-    replace_linears(model, nn.Linear, lambda linear: LoRALinear(linear, rank, alpha))
+    def wrap(layer: nn.Module) -> nn.Module:
+        if isinstance(layer, nn.Linear):
+            return LoRALinear(layer, rank, alpha)
+        return LoRAConv(layer, rank, alpha) if layer.kernel_size == (1, 1) else layer
+
+    replace_layers(model, (nn.Linear, nn.Conv2d), wrap)
 
 
 def merge_lora(model: nn.Module) -> None:
-    replace_linears(model, LoRALinear, LoRALinear.merged)
+    replace_layers(model, (LoRALinear,), lambda layer: layer.merged())
 
 
 def choose_trained(model: nn.Module, config: Config) -> None:
@@ -131,46 +174,57 @@ def choose_trained(model: nn.Module, config: Config) -> None:
 # ---- train
 
 
-def train(model: nn.Module, pictures, config: Config, shift: float, device, progress: Path) -> list:
+def train(
+    model: nn.Module, pictures, config: Config, shift: float, device, out: Path, draw=None
+) -> list:
     """Stage 3. Returns rows of the learning curve: (step, held-out loss)."""
-    parameters = list(trained(model).values())
-    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
-    first = load_progress(progress, model, optimizer, config)
-    recover = config.recover and model.config["guidance_embeds"]
+    optimizer = training.adamw([*trained(model).values()])
+    run = training.Run("lora", trained(model), optimizer, config, out, clip=1.0)
+    recover = config.recover and takes_guidance(model)
     forward = torch.compile(model) if config.compile else model
-    curve = []
-    bar = tqdm(range(first, config.steps), "lora", initial=first, total=config.steps)
-    for step in bar:
+    for step in run.steps(config.steps):
         if step % max(config.steps // 5, 1) == 0:
-            curve.append((step, held_out_loss(model, pictures, config, shift, device)))
-        batch = draw_batch(pictures, config, shift, 1_000_000 + step, device)
-
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = flow_loss(forward, batch, recover)  # align.py eq. (2), (3)
-
-        for group in optimizer.param_groups:
-            group["lr"] = cosine(step, config.steps, config.lr)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{group['lr']:.1e}", refresh=False)
-        if (step + 1) % config.save_every == 0:
-            save_progress(progress, model, optimizer, config, step + 1)
-    return [*curve, (config.steps, held_out_loss(model, pictures, config, shift, device))]
+            with run.averaged():
+                loss = held_out_loss(model, pictures, config, shift, device)
+            run.metrics.add(step, held_out=loss)
+        if draw and config.preview_every and step % config.preview_every == 0:
+            draw(run, step)
+        batch = draw_batch(pictures, config, shift, 1_000_000 + step, "cpu")
+        loss = torch.zeros((), device=device)
+        for part, share in parts(batch, config.micro_batch, device):
+            with training.autocast(model, device, on=device.type == "cuda"):
+                part_loss = share * flow_loss(forward, part, recover)  # align.py eq. (2), (3)
+            part_loss.backward()
+            loss += part_loss.detach()
+        run.update(loss, cosine(step, config.steps, config.lr), pictures.names_of(batch.rows))
+    run.done()
+    last = held_out_loss(model, pictures, config, shift, device)
+    return [*run.metrics.curve("held_out"), (config.steps, last)]
 
 
 # ---- main
 
 
-def load_aligned(config: Config, out: Path, base: Flux, device) -> tuple[Flux, str, float]:
-    """The model to go on from, its autoencoder and its timestep shift, all from align.py's file."""
+def load_aligned(config: Config, out: Path, spec: dict, device, dtype) -> nn.Module:
+    """The model to go on from, from align.py's file. Its doors stay in fp32: they are trained."""
     if config.aligned == "none":
-        autoencoder = sample.load_autoencoder(
-            config.autoencoder, config.weights, device, torch.float32
-        )
-        fresh = transplant(copy.deepcopy(base), autoencoder.latent_channels, 2)
-        return fresh, config.autoencoder, 2.0
+        base = sample.load_transformer(sample.describe(config.model), config.weights, device, dtype)
+        autoencoder = sample.load_autoencoder(spec["autoencoder"], config.weights, "meta", dtype)
+        return transplant(base, autoencoder.latent_channels, 2)
+    model = sample.load_transformer(spec, config.weights, device, dtype)
+    run = weights.open_checkpoint(Path(spec["transformer"]))
+    if torch.device(device).type != "meta":
+        for door in doors(model):
+            door.float()
+        for name in run.shapes:
+            model.get_parameter(name).data.copy_(run.get(name))
+    return model
+
+
+def find_aligned(config: Config, out: Path) -> dict:
+    """What sample.describe says of align.py's file: its base, its autoencoder and its shift."""
+    if config.aligned == "none":
+        return sample.describe(config.model, config.autoencoder) | {"shift": 2.0}
     path = Path(config.aligned or out / "align.safetensors")
     if not path.exists():
         raise UserError(f"{path} is missing: run `python align.py --model {config.model}` first")
@@ -182,46 +236,64 @@ def load_aligned(config: Config, out: Path, base: Flux, device) -> tuple[Flux, s
             f"{path} was aligned for {run.metadata['base']}, --model is {config.model}: "
             f"align that model first"
         )
-    model = Flux.from_pretrained(path, device, weights=config.weights or None)
-    return model, run.metadata["autoencoder"], float(run.metadata["shift"])
+    return sample.describe(str(path))
 
 
 def main() -> None:
     config = weights.parse_config(Config, __doc__)
-    device = weights.pick_device(config.device)
-    torch.manual_seed(config.seed)
+    if sample.describe(config.model)["text"] != "toy":
+        config = weights.parse_config(Config, __doc__, defaults=LARGE)
     out = Path(config.out or f"runs/{Path(config.model).stem}")
-    spec, base, base_autoencoder = sample.load_pipeline(config.model, "", config.weights, device)
-    model, autoencoder_name, shift = load_aligned(config, out, base, device)
-    autoencoder = sample.load_autoencoder(autoencoder_name, config.weights, device, torch.float32)
-    source = open_source(config, config.resolution or spec["size"], device)
-    pictures = prepare(config, spec, {autoencoder_name: autoencoder}, source, out, device)
+    device = training.start(config.device)
+    with training.locked(out):
+        run(config, out, device)
+    training.finish()
+
+
+def run(config: Config, out: Path, device: torch.device) -> None:
+    torch.manual_seed(config.seed)
+    base_spec = sample.describe(config.model)
+    spec = find_aligned(config, out)
+    is_toy, shift = spec["text"] == "toy", spec["shift"]
+    dtype = training.frozen_dtype(config, device, is_toy)
+    autoencoder = sample.load_autoencoder(spec["autoencoder"], config.weights, "meta", dtype)
+    size = config.resolution or spec["size"]
+    if not is_toy:
+        rehearsal = load_aligned(config, out, spec, "meta", dtype)
+        choose_trained(rehearsal, config)
+        grid = (size // autoencoder.stride,) * 2
+        print_estimate(rehearsal, grid, config, config.steps, device)
+
+    source = open_source(config, size, autoencoder.stride, out, device)
+    pictures = prepare(config, spec, [spec["autoencoder"]], source, out, device, dtype)
+    model = load_aligned(config, out, spec, device, dtype)
     choose_trained(model, config)
+    if config.checkpointing:
+        training.checkpoint_blocks(blocks(model))
+    autoencoder = sample.load_autoencoder(spec["autoencoder"], config.weights, device, dtype)
 
     count = sum(p.numel() for p in trained(model).values()) / 1e6
     kind = "all weights" if config.full else f"rank {config.rank}"
     print(
-        f"lora | {config.model} -> {autoencoder_name} | {kind}, {count:.2f} M trained | "
+        f"lora | {config.model} -> {spec['autoencoder']} | {kind}, {count:.2f} M trained | "
         f"{len(pictures)} pictures | seed {config.seed} | {device}"
     )
-    curve = train(model, pictures, config, shift, device, out / "lora.progress.safetensors")
+    draw = watch("lora", model, autoencoder, spec, shift, pictures, out, device)
+    curve = train(model, pictures, config, shift, device, out, draw)
 
     saved = out / "lora.safetensors"
-    notes = header(config, "lora", spec, autoencoder_name, model, shift, config.steps)
-    weights.save(saved, trained(model), notes | {"alpha": str(config.alpha)})
-    (out / "lora.progress.safetensors").unlink(missing_ok=True)
-    model = Flux.from_pretrained(saved, device, weights=config.weights or None)  # as a user will
-
-    contestants = {"base": (base, base_autoencoder, spec.get("shift"))}
-    if config.aligned != "none":
-        before = load_aligned(config, out, base, device)[0]
-        contestants["aligned"] = (before, autoencoder, shift)
-    contestants["+ LoRA" if not config.full else "+ full"] = (model, autoencoder, shift)
-    scores, images, prompts = show_and_score(contestants, spec, config, device)
-    files = [str(saved)]
-    if images:
-        files.append(str(out / "lora.png"))
-        sample.contact_sheet(images, prompts).save(files[-1])
+    notes = header(config, "lora", base_spec, spec["autoencoder"], model, shift, config.steps)
+    training.save_last(saved, trained(model), notes | {"alpha": str(config.alpha)})
+    if training.rank() > 0:
+        return
+    scores = {}
+    if is_toy:
+        scores, images, labels = compare(config, out, base_spec, spec, saved, device)
+    else:
+        shown, labels = preview(model, autoencoder, spec, shift, pictures, device)
+        images = {"+ LoRA": shown}
+    files = [str(saved), str(out / "lora.png")]
+    sample.contact_sheet(images, labels).save(files[1])
 
     print(
         "\nstep  held-out flow loss\n" + "\n".join(f"{step:5d}  {loss:.3f}" for step, loss in curve)
@@ -229,6 +301,21 @@ def main() -> None:
     print_scores(scores)
     print(f"\nsaved  {'  '.join(files)}\nnext   python sample.py --model {saved}")
     print(json.dumps(dict(stage="lora", curve=curve, scores=scores, files=files)))
+
+
+def compare(config: Config, out: Path, base_spec: dict, spec: dict, saved: Path, device) -> tuple:
+    """Scores and pictures of the base, the aligned model and this one, loaded as a user will."""
+    contestants = {}
+    rows = [("base", base_spec), ("aligned", spec)]
+    rows = rows[:1] if config.aligned == "none" else rows
+    rows.append(("+ full" if config.full else "+ LoRA", sample.describe(str(saved))))
+    for name, part in rows:
+        model = sample.load_transformer(part, config.weights, device, torch.float32)
+        autoencoder = sample.load_autoencoder(
+            part["autoencoder"], config.weights, device, torch.float32
+        )
+        contestants[name] = (model, autoencoder, part.get("shift"))
+    return show_and_score(contestants, spec, config, device)
 
 
 if __name__ == "__main__":

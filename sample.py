@@ -600,14 +600,7 @@ def load_pipeline(
 ) -> tuple[dict, nn.Module, nn.Module]:
     """(what `describe` says, transformer, autoencoder). Encode text first: it needs the room."""
     spec = describe(model, autoencoder)
-    if spec.get("stage") == "quant":
-        import quant  # the one import from a later file: only its own files need it
-
-        transformer = quant.load(spec["transformer"], device, dtype)
-    else:
-        cls = sana.Sana if spec["text"] == "sana" else flux.Flux
-        path = spec["transformer"]
-        transformer = cls.from_pretrained(path, device, dtype, weights=folder or None)
+    transformer = load_transformer(spec, folder, device, dtype)
     decoder = load_autoencoder(spec["autoencoder"], folder, device, dtype)
     if transformer.latent_channels != decoder.latent_channels:
         raise UserError(
@@ -615,7 +608,18 @@ def load_pipeline(
             f"{spec['autoencoder']} reads {decoder.latent_channels}: --autoencoder must be the one "
             f"that it was trained with"
         )
-    return spec, transformer.eval(), decoder
+    return spec, transformer, decoder
+
+
+def load_transformer(
+    spec: dict, folder: str, device: str | torch.device, dtype: torch.dtype
+) -> nn.Module:
+    if spec.get("stage") == "quant":
+        import quant  # the one import from a later file: only its own files need it
+
+        return quant.load(spec["transformer"], device, dtype).eval()
+    cls = sana.Sana if spec["text"] == "sana" else flux.Flux
+    return cls.from_pretrained(spec["transformer"], device, dtype, weights=folder or None).eval()
 
 
 def load_autoencoder(
@@ -631,13 +635,18 @@ def load_autoencoder(
     return cls.from_pretrained(source, device, dtype, weights=folder or None)
 
 
+def text_source(spec: dict, folder: str) -> str:
+    """Where the text encoders are: a pipeline on the hub, or in the user's --weights folder."""
+    if folder and spec["text"] != "toy" and not Path(spec["repo"]).exists():
+        return str(weights.in_folder(Path(folder), {"hub": spec["repo"]}))
+    return spec["repo"]
+
+
 def encode_text(
     config: Config, spec: dict, prompts: list[str], device: torch.device, dtype: torch.dtype
 ) -> tuple[text.Cond, text.Cond]:
     """(cond, null_cond) on the CPU; null_cond is empty unless SANA is guided."""
-    repo = spec["repo"]
-    if config.weights and spec["text"] != "toy" and not Path(repo).exists():
-        repo = str(weights.in_folder(Path(config.weights), {"hub": repo}))
+    repo = text_source(spec, config.weights)
     guided = spec["text"] == "sana" and config.guidance > 1
     negatives = [config.negative_prompt] if guided else []
     cache = config.text_cache or None
