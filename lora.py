@@ -244,16 +244,16 @@ def main() -> None:
     if sample.describe(config.model)["text"] != "toy":
         config = weights.parse_config(Config, __doc__, defaults=LARGE)
     out = Path(config.out or f"runs/{Path(config.model).stem}")
+    spec = find_aligned(config, out)
     device = training.start(config.device)
     with training.locked(out):
-        run(config, out, device)
+        run(config, spec, out, device)
     training.finish()
 
 
-def run(config: Config, out: Path, device: torch.device) -> None:
+def run(config: Config, spec: dict, out: Path, device: torch.device) -> None:
     torch.manual_seed(config.seed)
     base_spec = sample.describe(config.model)
-    spec = find_aligned(config, out)
     is_toy, shift = spec["text"] == "toy", spec["shift"]
     dtype = training.frozen_dtype(config, device, is_toy)
     autoencoder = sample.load_autoencoder(spec["autoencoder"], config.weights, "meta", dtype)

@@ -1,0 +1,326 @@
+"""Nothing is lost: kills, signals, NaNs, several processes; and what is estimated is what is used."""
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_align import tiny_base, tiny_pictures
+from torch import nn
+
+import align
+from models import training, weights
+from models.weights import UserError
+
+ROOT = Path(__file__).parent.parent
+# How many times a run is killed: KILLS=100 python -m pytest tests/test_training.py -k killed
+KILLS = int(os.environ.get("KILLS", "6"))
+CPU = torch.device("cpu")
+CONFIG = align.Config(
+    steps=10 * KILLS, batch_size=4, micro_batch=2, ema=0.9, warmup=3, save_every=1, keep=2
+)
+processes = multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_import_for_all_processes():
+    processes.set_forkserver_preload(["align"])
+
+
+def fresh_model() -> nn.Module:
+    model = align.transplant(tiny_base(), 32, 2)
+    align.choose_trained(model)
+    torch.manual_seed(1)
+    model.img_in.reset_parameters()
+    return model
+
+
+def train(out: Path, config=CONFIG, pictures=None) -> dict:
+    model = fresh_model()
+    align.train_doors(model, pictures or tiny_pictures(), config, 2.0, CPU, out)
+    return {name: p.detach().clone() for name, p in align.trained(model).items()}
+
+
+def state(out: Path) -> tuple[dict, dict]:
+    """(tensors, metadata) of the newest progress."""
+    newest = weights.open_checkpoint(sorted(out.glob("*.progress-*"))[-1])
+    return {name: newest.get(name) for name in newest.shapes}, newest.metadata
+
+
+def losses(out: Path) -> list[tuple]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["lr"], row["norm"]) for row in rows]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    (tensors, notes), (others, other_notes) = state(one), state(other)
+    kinds = {name.split(".")[-1] for name in tensors}
+    assert {"mean", "square", "average", "weight"} <= kinds and notes == other_notes
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+    assert losses(one) == losses(other)
+
+
+# ---- kill -9
+
+
+def victim(out: Path, ready) -> None:
+    """Train, with saves that lie half written for a while."""
+    torch.set_num_threads(1)
+    save_file = weights.save_file
+
+    def slow_save_file(tensors, path, metadata):
+        save_file(tensors, path, metadata)
+        whole = Path(path).read_bytes()
+        Path(path).write_bytes(whole[: len(whole) // 2])
+        time.sleep(0.01)
+        Path(path).write_bytes(whole)
+
+    weights.save_file = slow_save_file
+    ready.set()
+    train(out)
+
+
+def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path):
+    """Half of the kills hit inside a save."""
+    train(tmp_path / "whole")
+    out, rng = tmp_path / "killed", random.Random(0)
+    out.mkdir()
+    kills, inside = 0, 0
+    while True:
+        with training.locked(out):
+            pass  # what a script does first: the leftovers of a killed save go
+        ready = processes.Event()
+        process = processes.Process(target=victim, args=(out, ready))
+        process.start()
+        assert ready.wait(60)
+        if kills < KILLS and kills % 2:
+            while process.is_alive() and not list(out.glob(".tmp-align*")):
+                pass
+            process.kill()
+        elif kills < KILLS:
+            process.join(rng.uniform(0, 0.3))
+            process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        kills, inside = kills + 1, inside + bool(list(out.glob(".tmp-align*")))
+    assert kills == KILLS and inside >= KILLS // 2
+    assert len(list(out.glob("*.progress-*"))) == CONFIG.keep
+    assert_same_run(tmp_path / "whole", out)
+
+
+def test_progress_that_is_damaged_is_passed_over_for_the_one_before(tmp_path):
+    config = replace(CONFIG, steps=6)
+    train(tmp_path / "whole", config)
+    train(tmp_path / "damaged", config)
+    newest = sorted((tmp_path / "damaged").glob("*.progress-*"))[-1]
+    newest.write_bytes(newest.read_bytes()[:-9])
+    train(tmp_path / "damaged", config)
+    assert_same_run(tmp_path / "whole", tmp_path / "damaged")
+
+
+def test_metrics_forget_the_steps_that_are_done_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = training.Metrics(path, "lora", 0)
+    training.Metrics(path, "other", 0).add(7, loss=1.0)
+    for step in range(5):
+        first.add(step, loss=float(step))
+    with path.open("a") as file:
+        file.write('{"stage": "lora", "step": 5, "lo')  # killed here
+    again = training.Metrics(path, "lora", 3)
+    assert again.curve("loss") == [(0, 0.0), (1, 1.0), (2, 2.0)]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["stage"], row["step"]) for row in rows] == [
+        ("other", 7), ("lora", 0), ("lora", 1), ("lora", 2),
+    ]  # fmt: skip
+
+
+# ---- signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_saves_and_exits(tmp_path, monkeypatch, number):
+    config = replace(CONFIG, steps=8, save_every=100)
+    train(tmp_path / "whole", replace(config, save_every=8))
+    update = training.Run.update
+
+    def interrupted(self, *args):
+        if self.step == 3 and not self.out.name.startswith("whole"):
+            os.kill(os.getpid(), number)
+        update(self, *args)
+
+    monkeypatch.setattr(training.Run, "update", interrupted)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as end:
+        train(tmp_path / "stopped", config)
+    assert end.value.code == 128 + number and signal.getsignal(number) is before
+    assert int(state(tmp_path / "stopped")[1]["step"]) == 4
+    monkeypatch.undo()
+    train(tmp_path / "stopped", replace(config, save_every=8))
+    one, other = state(tmp_path / "whole")[0], state(tmp_path / "stopped")[0]
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_second_ctrl_c_does_not_wait():
+    with training.Stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # within a second: torchrun's copy of the first
+        stop.time -= 2
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+
+# ---- what is not finite
+
+
+def poisoned(rows: slice):
+    pictures = tiny_pictures()
+    pictures.latents[rows] = math.nan
+    return replace(pictures, names=tuple(f"{i}.png" for i in range(160)))
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_its_pictures_named(tmp_path, capsys):
+    # Pictures 0 to 9 are NaN: about a fifth of the batches hold one of them.
+    pictures = poisoned(slice(0, 10))
+    trained = train(tmp_path, replace(CONFIG, steps=30), pictures)
+    assert all(p.isfinite().all() for p in trained.values())
+    bad = {step for step, loss, *_ in losses(tmp_path) if not math.isfinite(loss)}
+    assert 3 < len(bad) < 15
+    told = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert len(told) == len(bad)
+    for step, line in zip(sorted(bad), told):
+        rows = align.draw_batch(pictures, CONFIG, 2.0, step, "cpu").rows.tolist()
+        assert f"step {step}: loss nan" in line
+        assert line.endswith(", ".join(f"{row}.png" for row in rows))
+    assert int(state(tmp_path)[1]["updates"]) == 30 - len(bad)
+    whole = state(tmp_path)[0]
+    newest = sorted(tmp_path.glob("*.progress-*"))[-1]
+    newest.unlink()  # go on from step 29: the optimizer counts updates, not steps
+    train(tmp_path, replace(CONFIG, steps=30), pictures)
+    again = state(tmp_path)[0]
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path):
+    with pytest.raises(UserError, match="10th step in a row"):
+        train(tmp_path, pictures=poisoned(slice(None)))
+    tensors, notes = state(tmp_path)
+    assert notes["updates"] == "0" and all(t.isfinite().all() for t in tensors.values())
+
+
+# ---- one folder
+
+
+def test_a_folder_takes_one_run_at_a_time(tmp_path):
+    with training.locked(tmp_path):
+        with pytest.raises(UserError, match=f"process {os.getpid()} on {socket.gethostname()}"):
+            with training.locked(tmp_path):
+                pass
+    (tmp_path / ".tmp-x.safetensors").write_text("half")
+    with training.locked(tmp_path):
+        assert not list(tmp_path.glob(".tmp-*"))
+
+
+# ---- the same result, with less memory or more processes
+
+
+def test_passes_and_recomputation_change_memory_and_not_the_result(tmp_path):
+    config = replace(CONFIG, steps=4, micro_batch=0)
+    whole = train(tmp_path / "whole", config)
+    parts = train(tmp_path / "parts", replace(config, micro_batch=1))
+    model = fresh_model()
+    training.checkpoint_blocks(align.blocks(model))
+    align.train_doors(model, tiny_pictures(), config, 2.0, CPU, tmp_path / "again")
+    for name, p in align.trained(model).items():
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6)
+        assert torch.equal(p, whole[name])
+
+
+def worker(rank: int, world: int, port: int, out: Path, config) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    device = training.start("cpu")
+    model = fresh_model()
+    if rank:  # another start: the first process's is what counts
+        model.img_in.reset_parameters()
+    align.train_doors(model, tiny_pictures(), config, 2.0, device, out)
+    loss = align.held_out_loss(model, tiny_pictures(), config, 2.0, device)
+    weights.save(out / f"{rank}.safetensors", align.trained(model), {"loss": str(loss)})
+    training.finish()
+
+
+@pytest.mark.parametrize("world, batch", [(2, 4), (3, 4)])
+def test_processes_together_do_what_one_does_alone(tmp_path, world, batch):
+    config = replace(CONFIG, steps=5, batch_size=batch, micro_batch=1)
+    one = train(tmp_path / "one", config)
+    (tmp_path / "all").mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    workers = [
+        processes.Process(target=worker, args=(rank, world, port, tmp_path / "all", config))
+        for rank in range(world)
+    ]
+    for process in workers:
+        process.start()
+    for process in workers:
+        process.join(120)
+        assert process.exitcode == 0
+    files = [weights.open_checkpoint(tmp_path / "all" / f"{r}.safetensors") for r in range(world)]
+    for name in one:
+        assert all(torch.equal(files[0].get(name), file.get(name)) for file in files)
+        torch.testing.assert_close(files[0].get(name), one[name], rtol=1e-4, atol=1e-6)
+    model = fresh_model()
+    for name, p in align.trained(model).items():
+        p.data.copy_(files[0].get(name))
+    alone = align.held_out_loss(model, tiny_pictures(), config, 2.0, CPU)
+    assert all(abs(float(file.metadata["loss"]) - alone) < 1e-5 for file in files)
+    for (step, loss, lr, norm), row in zip(losses(tmp_path / "one"), losses(tmp_path / "all")):
+        assert row == pytest.approx((step, loss, lr, norm), rel=1e-4)
+
+
+# ---- the estimate
+
+
+def test_the_count_on_the_meta_device_is_the_arithmetic(tmp_path):
+    with torch.device("meta"):
+        layer = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        tokens = torch.empty(10, 64)
+    cost = training.count(lambda: layer(tokens).sum(), layer, [layer])
+    assert cost.flops == 2 * 10 * 64 * 256 * 2
+    # The input, the first layer's output (for the GELU) and the GELU's (for the second layer).
+    assert cost.kept == 4 * (10 * 64 + 10 * 256 + 10 * 256) and cost.inputs == 4 * 10 * 64
+    assert cost.blocks == 1
+
+
+def script(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_torchrun_gives_what_python_gives(tmp_path):
+    flags = ["--scenes", "32", "--per-task", "1", "--embed-steps", "2", "--steps", "2"]
+    flags += ["--batch-size", "4", "--embed-batch", "8", "--device", "cpu"]
+    alone = script("align.py", *flags, "--out", str(tmp_path / "one"))
+    assert alone.returncode == 0, alone.stderr
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    both = script(*launch, "align.py", *flags, "--out", str(tmp_path / "two"))
+    assert both.returncode == 0, both.stderr
+    one, two = (json.loads(done.stdout.splitlines()[-1]) for done in (alone, both))
+    assert two["held_out_loss"] == pytest.approx(one["held_out_loss"], rel=1e-4)
+    assert sum(line.startswith("align | ") for line in both.stdout.splitlines()) == 1
