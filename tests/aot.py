@@ -16,6 +16,7 @@ from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
 ROOT = Path(__file__).parent.parent
+MMA = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*")
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
@@ -35,7 +36,8 @@ def compile_one(module: str, name: str, signature: dict, constants: dict, option
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, (arg, kind) in enumerate(signature.items())
-        if kind.startswith("*") or kind == "i32" and re.search("stride|_row|_batch|_part", arg)
+        if kind.startswith("*")
+        or (kind == "i32" and re.search("stride|_row|_batch|_part|groups", arg))
     }
     source = ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", cap, 32), options=options)
@@ -47,7 +49,7 @@ def compile_one(module: str, name: str, signature: dict, constants: dict, option
         "registers": usage["REG"],
         "spilled": usage["STACK"] + usage["LOCAL"],
         "shared": compiled.metadata.shared,
-        "mma": sorted(set(re.findall(r"\b(wgmma\.mma_async[\w.]*|mma\.sync[\w.]*)", ptx))),
+        "mma": sorted(set(MMA.findall(ptx))),
         "wait": re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx),
         "tma": "cp.async.bulk.tensor" in ptx,
     }
