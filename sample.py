@@ -402,7 +402,7 @@ class Stepper:
             return
         self.unhoist()
         both = [torch.cat(pair) for pair in zip(null_cond, cond)] if null_cond else cond
-        self.once, self.each = known_before(self.model, timesteps, both, guidance)
+        self.once, self.each = known_before(self.model, noise, timesteps, both, guidance)
         for module, value in self.once.items() | {m: v[0] for m, v in self.each.items()}.items():
             if module in self.now:
                 self.now[module].copy_(value)
@@ -453,7 +453,11 @@ def speed_up(transformer: nn.Module, autoencoder: nn.Module) -> Stepper:
 
 
 def known_before(
-    model: nn.Module, timesteps: list[float], cond: tuple[Tensor, ...], guidance: float | None
+    model: nn.Module,
+    noise: Tensor,
+    timesteps: list[float],
+    cond: tuple[Tensor, ...],
+    guidance: float | None,
 ) -> tuple[dict[nn.Module, Tensor], dict[nn.Module, Tensor]]:
     """Outputs that do not depend on the noisy latents: {module: output} of those that are the same
     in every step, and {module: outputs (S, ...)} of those that follow the timestep."""
@@ -466,7 +470,10 @@ def known_before(
         conditions = torch.stack([model.condition(t, scale, pooled) for t in levels])  # (S, B, D)
         layers = [m.lin for m in model.modules() if isinstance(m, flux.Modulation)]
         layers.append(model.final_layer.adaLN_modulation[1])
-        return {model.txt_in: model.txt_in(text)}, {lin: lin(conditions) for lin in layers}
+        grid = (noise.shape[2] // model.patch_size, noise.shape[3] // model.patch_size)
+        rope = model.pe_embedder(text.shape[1], grid, device)
+        once = {model.txt_in: model.txt_in(text), model.pe_embedder: rope}
+        return once, {lin: lin(conditions) for lin in layers}
     text = model.attention_y_norm(model.y_embedder(cond[0].to(dtype)))  # (B, L, D)
     sinusoids = [sana.sinusoid(sana.milliseconds(t)).to(dtype) for t in levels]
     embedded = model.t_embedder(torch.stack(sinusoids))  # (S, B, D)

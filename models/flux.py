@@ -18,7 +18,6 @@ p patch, nh hd heads and their width.
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -69,14 +68,23 @@ def rope_table(
     return torch.cat((cos, cos), dim=-1).flatten(2), torch.cat((-sin, sin), dim=-1).flatten(2)
 
 
-kept_rope_table = lru_cache(maxsize=2)(rope_table)  # the steps of a picture share one
-
-
-def rotate(heads: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(heads: Tensor, rope: Tensor) -> Tensor:
     """(B, N, nh, hd): neighbouring channels (a, b) to (a cos - b sin, b cos + a sin)."""
     cos, sin = rope  # sin is (-sin, sin) on each pair
     swapped = heads.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (b, a)
     return heads * cos + swapped * sin
+
+
+class RopeEmbedder(nn.Module):
+    """`rope_table` as a part of the model, (2, L + N, 1, hd): no step of a sampler changes it."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config = config
+
+    def forward(self, text_length: int, grid: tuple[int, int], device: torch.device) -> Tensor:
+        axes, stride = self.config["axes_dims_rope"], self.config["position_stride"]
+        return torch.stack(rope_table(text_length, grid, axes, stride, device))
 
 
 class MLPEmbedder(nn.Module):
@@ -146,7 +154,7 @@ class SelfAttention(nn.Module):
 
 
 def split_heads(
-    streams: list[tuple[Tensor, QKNorm]], rope: tuple[Tensor, Tensor]
+    streams: list[tuple[Tensor, QKNorm]], rope: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[(qkv (B, n, 3D), its norm)] -> q, k, v (B, sum of n, nh, hd), normalised and rotated."""
     q, k, v = (torch.cat(parts, dim=1) for parts in zip(*(norm(qkv) for qkv, norm in streams)))
@@ -209,7 +217,7 @@ class DoubleStreamBlock(nn.Module):
             self.add_module(f"{stream}_mlp", mlp)
 
     def forward(
-        self, img: Tensor, txt: Tensor, condition: Tensor, rope: tuple, attention: Callable
+        self, img: Tensor, txt: Tensor, condition: Tensor, rope: Tensor, attention: Callable
     ) -> tuple[Tensor, Tensor]:
         ops = self.ops
         img_mod, txt_mod = self.img_mod(condition), self.txt_mod(condition)
@@ -247,7 +255,7 @@ class SingleStreamBlock(nn.Module):
         self.modulation = Modulation(width, parts=1)
 
     def forward(
-        self, hidden: Tensor, condition: Tensor, rope: tuple, attention: Callable
+        self, hidden: Tensor, condition: Tensor, rope: Tensor, attention: Callable
     ) -> Tensor:
         shift, scale, gate = self.modulation(condition)
         normed = self.ops.modulate(hidden, shift, scale)
@@ -316,6 +324,7 @@ class Flux(nn.Module):
         self.vector_in = MLPEmbedder(pooled_projection_dim, width)
         if guidance_embeds:
             self.guidance_in = MLPEmbedder(SINUSOID_CHANNELS, width)
+        self.pe_embedder = RopeEmbedder(config)
         self.double_blocks = nn.ModuleList(
             DoubleStreamBlock(width, attention_head_dim) for _ in range(num_layers)
         )
@@ -378,8 +387,7 @@ class Flux(nn.Module):
         img = self.embed(noisy_latents.to(dtype))  # (B, N, D)
         txt = self.txt_in(text.to(dtype))  # (B, L, D)
         condition = self.condition(timestep, guidance, pooled_text.to(dtype))  # (B, D)
-        grid, axes = (height // p, width // p), tuple(self.config["axes_dims_rope"])
-        rope = kept_rope_table(length, grid, axes, self.config["position_stride"], img.device)
+        rope = self.pe_embedder(length, (height // p, width // p), img.device)
 
         for block in self.double_blocks:
             img, txt = block(img, txt, condition, rope, self.attention)

@@ -255,7 +255,7 @@ def add_gated_kernel(
     tl.store(out + row * D + columns, (x + times * y).to(out.dtype.element_ty), mask)
 
 
-def split_heads(streams: list[tuple], rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(streams: list[tuple], rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[(qkv (B, n, 3D), its QKNorm)] -> q, k, v (B, sum of n, nh, hd), normalised and rotated.
 
     Streams are joined on the way; where there is one, v stays where it is, a view into qkv.

@@ -1,0 +1,864 @@
+"""Benchmarks: where the time of a picture goes, what each optimisation buys, and what is left.
+
+What    python bench.py                     every part below; under 10 minutes on an H200
+        python bench.py --only attention    one part, or several with commas between them:
+            rates      what this GPU reaches in plain matrix products and copies: the ceilings
+            attention  our kernel beside torch's (--tune: every tile size)
+            kernels    each fused kernel beside plain PyTorch
+            step       one call of the transformer, base and DC-Gen, with FLOP/s and the floor
+            decode     the autoencoders
+            text       the text encoders
+            picture    20 steps and a decode, measured as a whole
+            ablate     the ladder from eager to final: time, and error against fp32
+Why     DC-Gen buys its speed with fewer tokens; the rest is engineering, and has to be seen.
+How     Full-size models with random weights: latency does not depend on their values. CUDA events
+        around whole calls, after a warm-up; median and 10th to 90th percentile. What is
+        extrapolated says so (~). --baseline diffusers measures stock diffusers in the same run.
+Floor   The floating-point operations of a call over the rates that this GPU reached in `rates` and
+        `attention`, in this very run.
+CPU     Without a GPU: the toy, measured, and a roofline estimate for three GPUs, labelled as such.
+Paper   DC-Gen, arXiv 2509.25180: one H100, batch 1, 20 steps.
+"""
+
+import json
+import math
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import dcae
+import sample
+from models import flux, kernels, sana, vae, weights
+from models.weights import UserError
+
+PARTS = ("rates", "attention", "kernels", "step", "decode", "text", "picture", "ablate")
+
+
+@dataclass(frozen=True)
+class Config:
+    only: str = ""  # parts, with commas between them; "": all
+    models: str = "flux,sana"  # flux | sana | both
+    sizes: str = "1024,2048,4096"  # pixels a side
+    steps: int = 20  # of a picture
+    seconds: float = 1.0  # of measuring for each figure; more steps where one takes longer
+    limit: float = 560.0  # seconds; what would start later is left out, and named
+    baseline: str = ""  # diffusers: stock diffusers too, in the same run
+    tune: bool = False  # attention: every tile size, not just the one in use
+    attention: str = ""  # torch | triton; "": what sample.py would use
+    fuse: bool = True  # fused kernels
+    hoist: bool = True  # what no noise reaches, computed before the first step
+    graph: bool = True  # the step as a CUDA graph
+    channels_last: bool = True  # the autoencoder's memory layout
+    fp8: bool = True  # also with linear layers in FP8 (lossy)
+    device: str = ""  # "": cuda, then the CPU
+    dtype: str = "bf16"  # bf16 | fp16, on a GPU
+
+
+# ---- cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """A transformer, its autoencoder, and a size."""
+
+    name: str
+    family: str  # flux | sana
+    size: int  # pixels a side
+    network: dict  # what differs from the defaults of Flux or Sana
+    autoencoder: str  # a preset of dcae or vae
+    paper: float | None = None  # seconds a picture on an H100, 20 steps, decode included
+
+    @property
+    def stride(self) -> int:
+        return 8 if self.autoencoder == "flux-vae" else 64 if "f64" in self.autoencoder else 32
+
+    @property
+    def base(self) -> bool:
+        return not self.name.startswith("DC-Gen")
+
+    @property
+    def latents(self) -> tuple[int, int, int, int]:
+        channels = {"flux-vae": 16, F64: 128}.get(self.autoencoder, 32)
+        return 1, channels, self.size // self.stride, self.size // self.stride
+
+    @property
+    def tokens(self) -> int:
+        side = self.latents[2] // (2 if self.autoencoder == "flux-vae" else 1)
+        return side * side
+
+
+F32, F64 = "dc-ae-f32c32-sana-1.1", "dc-ae-f64c128-1.5"
+FLUX, FLUX_F32, FLUX_F64 = ({"in_channels": channels} for channels in (64, 32, 128))
+SANA_F64 = sana.DC_GEN_F64
+CASES = (
+    Case("FLUX", "flux", 1024, FLUX, "flux-vae", 4.65),
+    Case("DC-Gen-FLUX", "flux", 1024, FLUX_F32, F32, 1.10),
+    Case("FLUX", "flux", 2048, FLUX, "flux-vae", 23.76),
+    Case("DC-Gen-FLUX", "flux", 2048, FLUX_F64, F64, 1.41),
+    Case("FLUX", "flux", 4096, FLUX, "flux-vae", 213.81),
+    Case("DC-Gen-FLUX", "flux", 4096, FLUX_F64, F64, 4.04),
+    Case("SANA", "sana", 1024, sana.SAMPLED_AT[1024], F32),
+    Case("DC-Gen-SANA", "sana", 1024, SANA_F64, F64),
+    Case("SANA", "sana", 2048, sana.SAMPLED_AT[2048], F32),
+    Case("DC-Gen-SANA", "sana", 2048, SANA_F64 | {"sample_size": 32}, F64),
+    Case("SANA", "sana", 4096, sana.SAMPLED_AT[4096], F32),
+    Case("DC-Gen-SANA", "sana", 4096, SANA_F64 | {"sample_size": 64}, F64),
+)
+TEXT_TOKENS = {"flux": 512, "sana": 300}
+
+
+def chosen(config: Config) -> list[Case]:
+    sizes, families = config.sizes.split(","), config.models.split(",")
+    cases = [c for c in CASES if str(c.size) in sizes and c.family in families]
+    if not cases:
+        raise UserError(
+            f"--sizes {config.sizes} --models {config.models}: wanted some of 1024,2048,4096 and "
+            f"of flux,sana"
+        )
+    return cases
+
+
+def random_weights(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """From the meta device to values of a trained network's size: latency depends on none."""
+    model.to(dtype).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not tensor.is_floating_point():
+            tensor.data.zero_()
+        elif tensor.dim() > 1:
+            tensor.data.normal_(0, tensor[0].numel() ** -0.5, generator=generator)
+        else:  # a bias is near 0, a norm's scale near 1
+            tensor.data.normal_(0, 0.02, generator=generator)
+            tensor.data += name.endswith(("scale", "weight", "running_var"))
+    return model.requires_grad_(False).eval()
+
+
+def decoder(case: Case) -> nn.Module:
+    if case.autoencoder == "flux-vae":
+        model = vae.FluxVAE()
+    else:
+        model = dcae.DCAE(**dcae.PRESETS[case.autoencoder]["config"])
+    del model.encoder
+    return model
+
+
+class Zoo:
+    """The models of the cases, on the device. All FLUX transformers share one set of blocks."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, limit: float):
+        self.device, self.dtype, self.kept = device, dtype, {}
+        self.deadline, self.left_out = time.perf_counter() + limit, []
+
+    def late(self, label: str) -> bool:
+        """Is the time spent? Then what would have come is noted."""
+        if time.perf_counter() < self.deadline:
+            return False
+        self.left_out.append(label)
+        return True
+
+    def transformer(self, case: Case) -> nn.Module:
+        key = (case.family, *sorted(case.network.items()))
+        if key not in self.kept:
+            self.kept = {k: v for k, v in self.kept.items() if k[0] == case.family}
+            with torch.device("meta"):
+                model = (flux.Flux if case.family == "flux" else sana.Sana)(**case.network)
+            other = next(iter(self.kept.values()), None)
+            own = ("img_in", "final_layer") if case.family == "flux" and other else None
+            for name, child in list(model.named_children()):
+                if own and name not in own:
+                    setattr(model, name, getattr(other, name))
+                elif own:
+                    random_weights(child, self.device, self.dtype)
+            self.kept[key] = model if own else random_weights(model, self.device, self.dtype)
+        return self.kept[key].eval()
+
+    def autoencoder(self, case: Case) -> nn.Module:
+        with torch.device("meta"):
+            model = decoder(case)
+        return random_weights(model, self.device, self.dtype)
+
+    def inputs(self, case: Case, batch: int = 1) -> tuple:
+        """(noise, cond, guidance, null_cond)."""
+        words = TEXT_TOKENS[case.family]
+        noise = self.random(batch, *case.latents[1:]).float()
+        if case.family == "flux":
+            cond = (self.random(batch, words, 4096), self.random(batch, 768))
+            return noise, cond, 3.5, None
+        mask = torch.arange(words, device=self.device)[None] < words // 3  # a usual prompt
+        mask = mask.expand(batch, -1)
+        cond, null = self.random(batch, words, 2304), self.random(batch, words, 2304)
+        return noise, (cond, mask), 4.5, (null, mask)
+
+    def random(self, *shape: int) -> Tensor:
+        generator = torch.Generator("cpu").manual_seed(1)
+        return torch.randn(shape, generator=generator).to(self.device, self.dtype)
+
+
+# ---- measure
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds a call."""
+
+    median: float
+    p10: float
+    p90: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.median:9.3f} {self.p10:9.3f}-{self.p90:<9.3f} {self.n:4d}"
+
+
+def measure(call: Callable[[], object], config: Config, device: torch.device) -> Timing:
+    """Median of at least three calls after a warm-up; one long call is enough."""
+    cuda = device.type == "cuda"
+    call()
+    once = timed(call, cuda)
+    n = max(1 if once > 4000 else 3, min(1000, int(1000 * config.seconds / max(once, 1e-3))))
+    times = sorted([once] * (n == 1) or [timed(call, cuda) for _ in range(n)])
+    return Timing(times[n // 2], times[n // 10], times[min(n - 1, n * 9 // 10)], n)
+
+
+def timed(call: Callable[[], object], cuda: bool) -> float:
+    if not cuda:
+        start = time.perf_counter()
+        call()
+        return 1000 * (time.perf_counter() - start)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of a call."""
+
+    products: float = 0.0  # in matrix products and convolutions
+    attention: float = 0.0  # in softmax(q k^T) v
+
+    @property
+    def total(self) -> float:
+        return self.products + self.attention
+
+
+def count_step(case: Case) -> Work:
+    """Counted by torch while the network runs on tensors that hold nothing."""
+    attention = []
+
+    def counted(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        attention.append(4 * q.numel() * k.shape[2])
+        return q
+
+    with FakeTensorMode(), torch.no_grad():
+        model = (flux.Flux if case.family == "flux" else sana.Sana)(**case.network)
+        model.attention = counted
+        _, *shape = case.latents
+        if case.family == "flux":
+            cond = torch.empty(1, 512, 4096), torch.empty(1, 768), torch.empty(1)
+        else:  # twice, for classifier-free guidance
+            cond = torch.empty(2, 300, 2304), torch.ones(2, 300, dtype=torch.bool)
+        batch = len(cond[0])
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(batch, *shape), torch.empty(batch), *cond)
+    return Work(counter.get_total_flops(), sum(attention))
+
+
+def count_decode(case: Case) -> Work:
+    with FakeTensorMode(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        decoder(case).decode(torch.empty(case.latents))
+    return Work(counter.get_total_flops())
+
+
+def relative(ours: Tensor, truth: Tensor) -> float:
+    return ((ours.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+# ---- parts
+
+
+def measure_rates(config: Config, zoo: Zoo, found: dict) -> None:
+    """What the floor is made of: matrix products in bf16 and FP8, and memory."""
+    device, dtype = zoo.device, zoo.dtype
+    big = torch.empty(2**31, dtype=torch.uint8, device=device)
+    other = torch.empty_like(big)
+    copied = measure(lambda: other.copy_(big), config, device)
+    found["rates"] = rates = {"copy_tb_s": 2 * big.numel() / copied.median / 1e9}
+    big = other = None
+    print(f"\nrates                     {'ms':>9}   p10-p90               n\n")
+    print(f"copy, 4.3 GB moved      {copied}  {rates['copy_tb_s']:7.2f} TB/s")
+    for m in (1536, 4608):
+        for n, k in ((9216, 3072), (3072, 3072), (12288, 3072), (21504, 3072), (3072, 15360)):
+            layer = nn.Linear(k, n, device=device, dtype=dtype).requires_grad_(False)
+            hidden = torch.randn(m, k, device=device, dtype=dtype)
+            rows = {str(dtype)[6:]: (layer, hidden)}
+            if fp8_runs(device):
+                rows["fp8"] = (kernels.FP8Linear(layer), kernels.quantize_rows(hidden))
+            for kind, (module, inputs) in rows.items():
+                took = measure(lambda: module(inputs), config, device)
+                rate = 2 * m * n * k / took.median / 1e9
+                best = max(rates.get(kind, {}).get(str(m), 0), rate)
+                rates.setdefault(kind, {})[str(m)] = best
+                print(f"{kind:9}{m:5}x{k:5}x{n:5}{took}  {rate:7.0f} TFLOP/s")
+
+
+def fp8_runs(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+ATTENTION_LENGTHS = (1536, 4608, 16896)  # DC-Gen 1K, DC-Gen 4K = base 1K, base 2K; with the text
+
+
+def rivals(config: Config, device: torch.device) -> dict[str, Callable]:
+    """Attention functions to compare: torch's, ours, and with --tune ours in every tile size."""
+
+    def backend(kind: SDPBackend) -> Callable:
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(kind):
+                return F.scaled_dot_product_attention(q, k, v)
+
+        return call
+
+    rows = {
+        "torch flash": backend(SDPBackend.FLASH_ATTENTION),
+        "torch cuDNN": backend(SDPBackend.CUDNN_ATTENTION),
+    }
+    if kernels.runs_on(device):
+        rows["triton"] = sample.triton_attention
+        for tile in TUNED if config.tune else ():
+            rows[f"  {tile}"] = lambda *qkv, tile=tile: sample.triton_attention(*qkv, tile=tile)
+    return rows
+
+
+TUNED = [
+    (block_m, block_n, warps, stages, registers)
+    for block_m, block_n, warps in ((128, 64, 8), (128, 128, 8), (64, 64, 4), (64, 128, 4))
+    for stages in (2, 3)
+    for registers in (None, 128, 168)
+    if not (registers == 168 and warps == 8) and not (registers == 128 and block_n == 128)
+]
+
+
+def measure_attention(config: Config, zoo: Zoo, found: dict) -> None:
+    """24 heads of 128, as in FLUX; q, k, v are views, (B, N, nh, hd) transposed."""
+    found["attention"] = table = {}
+    print(
+        f"\nattention, 24 heads of 128, {config.dtype}; TFLOP/s (error against fp32 at the first)"
+    )
+    lengths = ATTENTION_LENGTHS
+    print(f"\n{'':26}" + "".join(f"{n:>10}" for n in lengths))
+    tensors = {n: [zoo.random(1, n, 24, 128).transpose(1, 2) for _ in range(3)] for n in lengths}
+    exact = sample.attention(*(t.float() for t in tensors[lengths[0]]))
+    for name, call in rivals(config, zoo.device).items():
+        table[name] = {}
+        try:
+            for n in lengths:
+                took = measure(lambda: call(*tensors[n]), config, zoo.device)
+                table[name][str(n)] = 4 * n * n * 24 * 128 / took.median / 1e9
+            error = relative(call(*tensors[lengths[0]]), exact)
+        except Exception as reason:  # a tile that does not fit, a backend that is not there
+            print(f"{name:26}{str(reason).splitlines()[0][:70]}")
+            continue
+        cells = "".join(f"{rate:10.0f}" for rate in table[name].values())
+        print(f"{name:26}{cells}   ({error:.1e})")
+
+
+def measure_kernels(config: Config, zoo: Zoo, found: dict) -> None:
+    """At DC-Gen-FLUX 4K: 4608 tokens of 3072. Bytes: every input read once, every output written."""
+    n, d, device = 4608, 3072, zoo.device
+    if not kernels.runs_on(device):
+        return
+    plain, fused = flux.PLAIN, kernels.fused_ops(fp8=False)
+    hidden, branch, mlp = zoo.random(1, n, d), zoo.random(1, n, d), zoo.random(1, n, 7 * d)
+    shift, scale, gate = zoo.random(1, 1, 3 * d).chunk(3, dim=-1)
+    norm = random_weights(flux.QKNorm(128).to("meta"), device, zoo.dtype)
+    rope = torch.stack(flux.rope_table(512, (64, 64), [16, 56, 56], 1, device))
+    streams = [(zoo.random(1, 512, 3 * d), norm), (zoo.random(1, 4096, 3 * d), norm)]
+    rows = {  # name: arguments, values that have to move
+        "modulate": ((hidden, shift, scale), 2 * n * d),
+        "add_gated": ((hidden, gate, branch), 3 * n * d),
+        "split_heads": ((streams, rope), 6 * n * d),
+        "join_gelu": ((hidden, mlp[..., 3 * d :]), 10 * n * d),
+    }
+    print(f"\nkernels                  {'plain us':>10}{'fused us':>10}{'TB/s':>8}{'error':>10}")
+    found["kernels"] = {}
+    for name, (arguments, values) in rows.items():
+        calls = [lambda ops=ops: getattr(ops, name)(*arguments) for ops in (plain, fused)]
+        before, after = (measure(call, config, device).median for call in calls)
+        first, second = (call() for call in calls)
+        first, second = (out if isinstance(out, Tensor) else out[0] for out in (first, second))
+        rate = values * hidden.element_size() / after / 1e9
+        found["kernels"][name] = {"plain_us": 1000 * before, "us": 1000 * after, "tb_s": rate}
+        error = relative(second, first)
+        print(f"{name:25}{1000 * before:10.1f}{1000 * after:10.1f}{rate:8.2f}{error:10.1e}")
+
+
+@contextmanager
+def prepared(model: nn.Module, config: Config, device: torch.device) -> Iterator[str]:
+    """The transformer as the flags want it; afterwards plain again (but for FP8)."""
+    name, model.attention = sample.pick_attention(
+        config.attention, device, weights.pick_dtype(config.dtype)
+    )
+    own = {m: m.ops for m in model.modules() if hasattr(m, "ops")}
+    if config.fuse and kernels.runs_on(device):
+        kernels.fuse(model)
+    yield name
+    for module, ops in own.items():
+        module.ops = ops
+
+
+def stepper_of(model: nn.Module, config: Config) -> sample.Stepper | None:
+    fast = config.hoist or config.graph
+    return sample.Stepper(model, config.hoist, config.graph) if fast else None
+
+
+def one_step(
+    model: nn.Module, inputs: tuple, config: Config
+) -> tuple[Callable[[], Tensor], Callable[[], None]]:
+    """(a call of the transformer as a sampler makes it, what to do when done)."""
+    noise, cond, guidance, null = inputs
+    stepper = stepper_of(model, config)
+    if stepper is None:
+        return lambda: sample.predict(model, noise, 0.5, cond, guidance, null), lambda: None
+    stepper.start([0.9, 0.5], noise, cond, guidance, null)
+    stepper(0, noise)  # the first is never replayed
+    return lambda: stepper(1, noise), stepper.close
+
+
+def floor_ms(work: Work, case: Case, found: dict, fp8: bool) -> float | None:
+    """The operations over the best rates of this run, matched to the number of tokens."""
+    tokens = case.tokens + TEXT_TOKENS[case.family]
+    rates = found.get("rates", {}).get("fp8" if fp8 else "bfloat16")
+    speeds = {}  # tokens: the best rate of any attention here
+    for row in found.get("attention", {}).values():
+        for n, rate in row.items():
+            speeds[int(n)] = max(rate, speeds.get(int(n), 0.0))
+    if not rates or not speeds:
+        return None
+    product = rates["1536" if tokens < 3072 else "4608"]
+    nearest = min(speeds, key=lambda n: abs(math.log(n / tokens)))
+    return 1e3 * (work.products / product + work.attention / speeds[nearest]) / 1e12
+
+
+def measure_steps(config: Config, zoo: Zoo, found: dict) -> None:
+    rows = found.setdefault("step", {})
+    print("\nstep: one call of the transformer, batch 1; SANA: two, for guidance")
+    print(f"\n{'':27}{'tokens':>7}{'TFLOP':>8}{'ms':>10}   p10-p90              n"
+          f"{'TFLOP/s':>9}{'floor ms':>10}{'of it':>6}{'GiB':>7}")  # fmt: skip
+    cases = chosen(config)
+    for fp8 in (False, True) if config.fp8 and fp8_runs(zoo.device) else (False,):
+        for case in cases:
+            label = f"{case.name} {case.size}" + " FP8" * fp8
+            if fp8 and (case.base or case.family == "sana") or zoo.late(label):
+                continue
+            model = zoo.transformer(case)
+            if fp8:
+                kernels.to_fp8(model)  # the blocks are shared: from here on, of all
+            rows[label] = step_row(label, case, model, config, zoo, found, fp8)
+    zoo.kept = {}
+
+
+def step_row(
+    label: str, case: Case, model: nn.Module, config: Config, zoo: Zoo, found: dict, fp8: bool
+) -> dict:
+    """Measure, print and return one line of the table."""
+    if zoo.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with prepared(model, config, zoo.device), torch.no_grad():
+        call, done = one_step(model, zoo.inputs(case), config)
+        took = measure(call, config, zoo.device)
+        done()
+    work = count_step(case)
+    floor = floor_ms(work, case, found, fp8)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if zoo.device.type == "cuda" else 0.0
+    share = f"{floor:10.1f}{floor / took.median:6.0%}" if floor else f"{'':16}"
+    print(f"{label:27}{case.tokens:7}{work.total / 1e12:8.1f} {took}"
+          f"{work.total / took.median / 1e9:8.0f}{share}{peak:7.1f}", flush=True)  # fmt: skip
+    return {"ms": took.median, "p10": took.p10, "p90": took.p90, "n": took.n,
+            "tflop": work.total / 1e12, "floor_ms": floor, "peak_gib": peak}  # fmt: skip
+
+
+def measure_decodes(config: Config, zoo: Zoo, found: dict) -> None:
+    rows = found.setdefault("decode", {})
+    print(f"\ndecode                             {'TFLOP':>8}{'ms':>10}   p10-p90              n"
+          f"{'TFLOP/s':>9}{'GiB':>7}")  # fmt: skip
+    for case in chosen(config):
+        label = f"{case.autoencoder} {case.size}"
+        if label in rows or zoo.late(f"decode {label}"):
+            continue
+        autoencoder = zoo.autoencoder(case)
+        call = decode_call(autoencoder, zoo.random(*case.latents), config)
+        if zoo.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        took, work = measure(call, config, zoo.device), count_decode(case)
+        peak = torch.cuda.max_memory_allocated() / 2**30 if zoo.device.type == "cuda" else 0.0
+        print(f"{label:35}{work.total / 1e12:8.1f} {took}{work.total / took.median / 1e9:8.0f}"
+              f"{peak:7.1f}", flush=True)  # fmt: skip
+        rows[label] = {"ms": took.median, "tflop": work.total / 1e12, "peak_gib": peak}
+
+
+def decode_call(autoencoder: nn.Module, latents: Tensor, config: Config) -> Callable[[], Tensor]:
+    if config.channels_last:
+        autoencoder.to(memory_format=torch.channels_last)
+        latents = latents.contiguous(memory_format=torch.channels_last)
+    if config.fuse and config.channels_last and kernels.runs_on(latents.device):
+        kernels.fuse(autoencoder)
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        return autoencoder.decode(latents)
+
+    return call
+
+
+def measure_text(config: Config, zoo: Zoo, found: dict) -> None:
+    """T5-XXL and CLIP-L for FLUX, Gemma-2-2B for SANA: one prompt, random weights."""
+    import transformers as hub
+
+    encoders = {
+        "flux": [
+            (hub.T5EncoderModel, hub.T5Config(
+                d_model=4096, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128,
+                feed_forward_proj="gated-gelu", d_kv=64), 512),
+            (hub.CLIPTextModel, hub.CLIPTextConfig(
+                hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                num_attention_heads=12), 77),
+        ],
+        "sana": [
+            (hub.Gemma2Model, hub.Gemma2Config(
+                hidden_size=2304, intermediate_size=9216, num_hidden_layers=26,
+                num_attention_heads=8, num_key_value_heads=4, head_dim=256), 300),
+        ],
+    }  # fmt: skip
+    rows = found.setdefault("text", {})
+    print(f"\ntext                               {'ms':>10}   p10-p90              n")
+    for family in config.models.split(","):
+        total = 0.0
+        for cls, settings, length in encoders[family]:
+            if zoo.late(f"text {family}"):
+                return
+            with torch.device("meta"):
+                model = cls(settings)
+            model = random_weights(model, zoo.device, zoo.dtype)
+            ids = torch.ones(1, length, dtype=torch.long, device=zoo.device)
+            with torch.no_grad():
+                took = measure(lambda: model(input_ids=ids), config, zoo.device)
+            total += took.median
+            print(f"{cls.__name__:35}{took}", flush=True)
+            model = None
+        rows[family] = {"ms": total}
+
+
+def measure_pictures(config: Config, zoo: Zoo, found: dict) -> None:
+    """Latents and decode of one picture, end to end; the text, which is small, is in `text`."""
+    rows = found.setdefault("picture", {})
+    print(f"\npicture: {config.steps} steps and the decode, batch 1; ~ from single steps; x: over base"
+          f"\n\n{'':27}{'seconds':>9}{'x':>7}{'paper s':>10}{'x':>7}")  # fmt: skip
+    for fp8 in (False, True) if config.fp8 and fp8_runs(zoo.device) else (False,):
+        for case in chosen(config):
+            label = f"{case.name} {case.size}" + " FP8" * fp8
+            if fp8 and (case.base or case.family == "sana") or zoo.late(label):
+                continue
+            model, autoencoder = zoo.transformer(case), zoo.autoencoder(case)
+            if fp8:
+                kernels.to_fp8(model)
+            seconds, measured = picture_seconds(case, model, autoencoder, config, zoo, found)
+            base = next(
+                (c for c in CASES if (c.family, c.size, c.base) == (case.family, case.size, True))
+            )
+            over = rows.get(f"{base.name} {base.size}", {}).get("seconds", math.nan) / seconds
+            paper = f"{case.paper:10.2f}{base.paper / case.paper:7.1f}" if case.paper else ""
+            print(
+                f"{label:27}{'' if measured else '~'}{seconds:9.3f}{over:7.1f}{paper}", flush=True
+            )
+            rows[label] = {"seconds": seconds, "measured": measured, "over_base": over,
+                           "paper": case.paper}  # fmt: skip
+    zoo.kept = {}
+
+
+def picture_seconds(
+    case: Case, model: nn.Module, autoencoder: nn.Module, config: Config, zoo: Zoo, found: dict
+) -> tuple[float, bool]:
+    """(seconds, measured): a picture that would take long is extrapolated from its parts."""
+    noise, cond, guidance, null = inputs = zoo.inputs(case)
+    decode = decode_call(autoencoder, zoo.random(*case.latents), config)
+    with prepared(model, config, zoo.device), torch.no_grad():
+        call, done = one_step(model, inputs, config)
+        once = measure(call, replace(config, seconds=0.1), zoo.device).median / 1000
+        done()
+        if once * config.steps > 20:
+            last = measure(decode, replace(config, seconds=0.1), zoo.device).median / 1000
+            return once * config.steps + last, False
+        stepper, solver = stepper_of(model, config), "euler" if case.family == "flux" else "dpm"
+        schedule = "flux" if case.family == "flux" else "sana-dpm"
+        sigmas = sample.timesteps(config.steps, schedule, tokens=case.tokens)
+
+        def picture() -> Tensor:
+            how = (guidance, null, solver, None, stepper)
+            latents = sample.sample(model, cond, noise, sigmas, *how)
+            return autoencoder.decode(latents.to(memory_format=memory_format(config)))
+
+        took = measure(picture, config, zoo.device).median / 1000
+        if stepper:
+            stepper.close()
+    return took, True
+
+
+def memory_format(config: Config) -> torch.memory_format:
+    return torch.channels_last if config.channels_last else torch.contiguous_format
+
+
+# ---- the ladder
+
+
+def measure_ladder(config: Config, zoo: Zoo, found: dict) -> None:
+    """DC-Gen-FLUX, one thing more on every rung; the error is against the same weights in fp32."""
+    rows = found.setdefault("ladder", {})
+    off = replace(config, attention="torch", fuse=False, hoist=False, graph=False)
+    rungs = {"eager": off, "+ Triton attention": replace(off, attention="")}
+    rungs["+ fused kernels"] = replace(rungs["+ Triton attention"], fuse=config.fuse)
+    rungs["+ hoisting"] = replace(rungs["+ fused kernels"], hoist=config.hoist)
+    rungs["+ CUDA graph"] = replace(rungs["+ hoisting"], graph=config.graph)
+    cases = [c for c in chosen(config) if c.name == "DC-Gen-FLUX" and c.size in (1024, 4096)]
+    for case in cases:
+        if zoo.late(f"ladder {case.size}"):
+            return
+        model, inputs = zoo.transformer(case), zoo.inputs(case)
+        print(f"\nladder, DC-Gen-FLUX {case.size}        {'ms':>9}   p10-p90              n  error")
+        truth = in_fp32(model, lambda: one_step(model, inputs, off)[0]())
+        for fp8 in (False, True) if config.fp8 and fp8_runs(zoo.device) else (False,):
+            if fp8:
+                kernels.to_fp8(model)
+            for name, rung in ({"+ FP8 linears": rungs["+ CUDA graph"]} if fp8 else rungs).items():
+                with prepared(model, rung, zoo.device), torch.no_grad():
+                    call, done = one_step(model, inputs, rung)
+                    error, took = relative(call(), truth), measure(call, config, zoo.device)
+                    done()
+                kind = "lossy" if fp8 else "lossless"
+                print(f"{name:28}{took}  {error:.2e} {kind}", flush=True)
+                rows[f"{case.size} {name}"] = {"ms": took.median, "error": error, "kind": kind}
+        zoo.kept = {}
+
+
+@torch.no_grad()
+def in_fp32(model: nn.Module, call: Callable[[], Tensor]) -> Tensor:
+    """What the weights give in fp32: a block at a time, since all of them would take 48 GB."""
+    dtype = next(model.parameters()).dtype
+    blocks = [*model.double_blocks, *model.single_blocks]
+    others = [m for m in model.children() if not isinstance(m, nn.ModuleList)]
+    hooks = [block.register_forward_pre_hook(lambda b, _: b.float() and None) for block in blocks]
+    hooks += [block.register_forward_hook(lambda b, *_: b.to(dtype) and None) for block in blocks]
+    for module in others:
+        module.float()
+    truth = call().clone()
+    for module in others:
+        module.to(dtype)  # exact: these values came from there
+    for hook in hooks:
+        hook.remove()
+    return truth
+
+
+# ---- stock diffusers
+
+
+def measure_diffusers(config: Config, zoo: Zoo, found: dict) -> None:
+    """The same steps and decodes in stock diffusers, eager, as its users run it."""
+    try:
+        import diffusers
+    except ImportError:
+        raise UserError(
+            "--baseline diffusers: it is not installed; pip install diffusers"
+        ) from None
+    rows = found.setdefault("diffusers", {})
+    print(f"\nstock diffusers {diffusers.__version__}, eager  {'ms':>9}   p10-p90              n")
+    for case in chosen(config):
+        label = f"{case.name} {case.size}"
+        if case.family != "flux" or zoo.late(f"diffusers {label}"):
+            continue
+        step = measure(diffusers_step(case, zoo), config, zoo.device)
+        torch.cuda.empty_cache()
+        decode = measure(diffusers_decode(case, zoo), config, zoo.device)
+        torch.cuda.empty_cache()
+        seconds = (config.steps * step.median + decode.median) / 1000
+        rows[label] = {"step_ms": step.median, "decode_ms": decode.median, "seconds": seconds}
+        ours = found.get("picture", {}).get(label, {}).get("seconds")
+        fast = f", ours {ours:.2f} s" if ours else ""
+        print(f"{label:28}{step}  step\n{'':28}{decode}  decode\n{'':28}~{seconds:8.2f} s for "
+              f"{config.steps} steps{fast}", flush=True)  # fmt: skip
+    stock = rows.get("FLUX 4096", {}).get("seconds")
+    for label in ("DC-Gen-FLUX 4096", "DC-Gen-FLUX 4096 FP8"):
+        ours = found.get("picture", {}).get(label, {}).get("seconds")
+        if stock and ours:
+            rows[f"stock base over our {label}"] = stock / ours
+            print(f"stock FLUX 4096 over our {label}: {stock / ours:.1f}x")
+
+
+def diffusers_step(case: Case, zoo: Zoo) -> Callable[[], Tensor]:
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(**case.network, guidance_embeds=True)
+    model = random_weights(model, zoo.device, zoo.dtype)
+    side = math.isqrt(case.tokens)
+    rows, cols = (torch.arange(side, device=zoo.device) for _ in range(2))
+    ids = torch.stack(torch.meshgrid(rows, cols, indexing="ij"), -1).flatten(0, 1)
+    inputs = dict(
+        hidden_states=zoo.random(1, case.tokens, case.network["in_channels"]),
+        encoder_hidden_states=zoo.random(1, 512, 4096), pooled_projections=zoo.random(1, 768),
+        timestep=zoo.random(1).abs(), guidance=zoo.random(1).abs(),
+        img_ids=F.pad(ids, (1, 0)).to(zoo.dtype), txt_ids=zoo.random(512, 3) * 0,
+    )  # fmt: skip
+    return torch.no_grad()(lambda: model(**inputs, return_dict=False))
+
+
+def diffusers_decode(case: Case, zoo: Zoo) -> Callable[[], Tensor]:
+    from diffusers import AutoencoderDC, AutoencoderKL
+
+    with torch.device("meta"):
+        if case.autoencoder == "flux-vae":
+            blocks = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2)
+            model = AutoencoderKL(
+                **blocks, latent_channels=16, down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+            )  # fmt: skip
+        else:
+            model = AutoencoderDC(**dcae.PRESETS[case.autoencoder]["config"])
+    del model.encoder
+    model = random_weights(model, zoo.device, zoo.dtype)
+    latents = zoo.random(*case.latents)
+    return torch.no_grad()(lambda: model.decode(latents, return_dict=False))
+
+
+# ---- without a GPU
+
+# Dense tensor-core rates of the data sheets, TFLOP/s: bf16 and FP8 with fp32 sums, NVFP4.
+GPUS = {"H100 SXM": (989, 1979, None), "H200": (989, 1979, None), "RTX 5090": (209.5, 419, 1676)}
+# What stock parts reach of that on an H200 (cuBLAS, cuDNN; torch 2.11, CUDA 13.0).
+REACHED = {"products": 0.70, "fp8": 0.63, "attention": 0.60}
+
+
+def measure_toy(config: Config, zoo: Zoo, found: dict) -> None:
+    rows = found.setdefault("toy", {})
+    print(f"\ntoy, measured here          {'ms':>9}   p10-p90              n")
+    for name in ("flux-toy", "dc-gen-toy", "dc-gen-toy-f64"):
+        if not (weights.ROOT / flux.PRESETS[name]["path"]).exists():
+            continue
+        spec, model, autoencoder = sample.load_pipeline(name, device=zoo.device)
+        side = spec["size"] // autoencoder.stride
+        noise = sample.draw_noise([0], (model.latent_channels, side, side)).to(zoo.device)
+        cond = tuple(
+            torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(zoo.device)
+            for shape in ((1, 16, model.config["joint_attention_dim"]),
+                          (1, model.config["pooled_projection_dim"]))
+        )  # fmt: skip
+        tokens = (side // model.patch_size) ** 2
+        with torch.no_grad():
+            calls = {
+                "step": lambda: sample.predict(model, noise, 0.5, cond, 2.0, None),
+                "decode": lambda: autoencoder.decode(noise),
+            }
+            for part, call in calls.items():
+                took = measure(call, config, zoo.device)
+                rows[f"{name} {part}"] = took.median
+                print(f"{name + ' ' + part:28}{took}  {tokens} tokens", flush=True)
+
+
+def estimate(config: Config, found: dict) -> None:
+    """Operations over rates. No GPU was measured for this; memory traffic is not counted."""
+    rows = found.setdefault("estimate", {})
+    shares = ", ".join(f"{share:.0%} of {name}" for name, share in REACHED.items())
+    print(f"\nESTIMATE, not measured: {config.steps} steps + decode, from operation counts and data"
+          f"\nsheets ({shares}; FP8 and NVFP4: linear layers alone)")  # fmt: skip
+    columns = [f"{gpu} {kind}" for gpu, rates in GPUS.items()
+               for kind, rate in zip(("bf16", "FP8", "NVFP4"), rates) if rate]  # fmt: skip
+    print(f"\n{'seconds':18}{'tokens':>7}{'TFLOP':>8}" + "".join(f"{c:>16}" for c in columns))
+    for case in chosen(config):
+        step, last = count_step(case), count_decode(case)
+        total = config.steps * step.total + last.total
+        cells = {}
+        for gpu, rates in GPUS.items():
+            for kind, rate in zip(("bf16", "FP8", "NVFP4"), rates):
+                if rate:
+                    share = REACHED["products" if kind == "bf16" else "fp8"]
+                    plain = rates[0] * REACHED["products"]
+                    seconds = (
+                        config.steps
+                        * (
+                            step.products / (share * rate)
+                            + step.attention / (rates[0] * REACHED["attention"])
+                        )
+                        + last.total / plain
+                    )
+                    cells[f"{gpu} {kind}"] = seconds / 1e12
+        label = f"{case.name} {case.size}"
+        rows[label] = {"tokens": case.tokens, "tflop": total / 1e12, **cells}
+        print(f"{label:18}{case.tokens:7}{total / 1e12:8.0f}"
+              + "".join(f"{cells[c]:16.2f}" for c in columns), flush=True)  # fmt: skip
+
+
+# ---- main
+
+
+def about(device: torch.device) -> dict:
+    """What the figures were measured on, and of which commit."""
+    facts = {"torch": torch.__version__, "triton": getattr(kernels.triton, "__version__", None)}
+    git = ["git", "-C", str(weights.ROOT), "rev-parse", "--short", "HEAD"]
+    facts["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        out = subprocess.run(query, capture_output=True, text=True).stdout.split()
+        facts |= {"driver": out[0] if out else None, "cuda": torch.version.cuda}
+    else:
+        facts["cpu"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return facts
+
+
+def main() -> None:
+    config = weights.parse_config(Config, __doc__)
+    device = weights.pick_device(config.device)
+    parts = [part for part in config.only.split(",") if part]
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise UserError(f"--only {','.join(unknown)}: wanted some of {','.join(PARTS)}")
+    if config.baseline not in ("", "diffusers"):
+        raise UserError(f"--baseline {config.baseline!r}: wanted diffusers")
+    if device.type != "cuda" and (parts or config.baseline):
+        raise UserError(f"--only and --baseline measure a GPU, here is {device}: leave them out")
+    dtype = weights.pick_dtype(config.dtype) if device.type == "cuda" else torch.float32
+    zoo, found = Zoo(device, dtype, config.limit), {"stage": "bench", **about(device)}
+    print("bench | " + " | ".join(f"{key} {value}" for key, value in found.items() if value))
+    chosen(config)
+    if device.type == "cuda":
+        measures = {
+            "rates": measure_rates, "attention": measure_attention, "kernels": measure_kernels,
+            "step": measure_steps, "decode": measure_decodes, "text": measure_text,
+            "picture": measure_pictures, "ablate": measure_ladder,
+        }  # fmt: skip
+        for part in parts or PARTS:
+            measures[part](config, zoo, found)
+            torch.cuda.empty_cache()
+        if config.baseline:
+            measure_diffusers(config, zoo, found)
+    else:
+        measure_toy(config, zoo, found)
+        estimate(config, found)
+    if zoo.left_out:
+        print(f"\nleft out at {config.limit:g} s (--limit): {', '.join(zoo.left_out)}")
+    print(json.dumps(found | {"left_out": zoo.left_out}))
+
+
+if __name__ == "__main__":
+    weights.run(main)
