@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dcae
-from models import flux, kernels, sana, text, vae, weights
+from models import flux, kernels, nvfp4, sana, text, vae, weights
 from models.kernels import describe_tiles, jit, tl, triton
 from models.weights import UserError
 
@@ -622,9 +622,7 @@ def load_transformer(
     spec: dict, folder: str, device: str | torch.device, dtype: torch.dtype
 ) -> nn.Module:
     if spec.get("stage") == "quant":
-        import quant  # the one import from a later file: only its own files need it
-
-        return quant.load(spec["transformer"], device, dtype).eval()
+        return nvfp4.load(spec["transformer"], device, dtype)
     cls = sana.Sana if spec["text"] == "sana" else flux.Flux
     return cls.from_pretrained(spec["transformer"], device, dtype, weights=folder or None).eval()
 
