@@ -111,7 +111,8 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out_n = q_n (sum_m k_m^T v_m) / (q_n . sum_m k_m), with q and k after the ReLU.
     """
     # fp32, autocast or not: the sums run over every token of the image.
-    with torch.autocast(q.device.type, enabled=False):
+    # (The meta device, which counts operations, has no autocast of its own.)
+    with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
         q, k, v = F.relu(q).float(), F.relu(k).float(), v.float()
         context = k.transpose(-1, -2) @ v  # (B, nh, hd, hd)
         total = k.sum(dim=-2)[..., None]  # (B, nh, hd, 1)

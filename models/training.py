@@ -427,7 +427,8 @@ def gemm_rate(device: torch.device, n: int = 8192) -> float:
 class Cost:
     """What one picture costs in one pass of a training step; counted on the meta device."""
 
-    flops: int  # forward
+    forward: int  # FLOP
+    backward: int
     kept: int  # bytes that the backward pass needs
     inputs: int  # bytes of the inputs of all blocks
     blocks: int
@@ -450,11 +451,14 @@ def count(loss: Callable[[], Tensor], model: nn.Module, blocks: list[nn.Module])
     hooks = [block.register_forward_pre_hook(look) for block in blocks]
     with FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss()
+            value = loss()
+        forward = counter.get_total_flops()
+        value.backward()
     for hook in hooks:
         hook.remove()
     nbytes = sum(size for size, _ in kept.values())
-    return Cost(counter.get_total_flops(), nbytes, sum(inputs), len(blocks))
+    backward = counter.get_total_flops() - forward
+    return Cost(forward, backward, nbytes, sum(inputs), len(blocks))
 
 
 def estimate(cost: Cost, model: nn.Module, config, steps: int, device: torch.device) -> str:
@@ -478,8 +482,9 @@ def estimate(cost: Cost, model: nn.Module, config, steps: int, device: torch.dev
     gb = {name: size / 1e9 for name, size in parts.items() if size}
     words = " + ".join(f"{value:.1f} {name}" for name, value in gb.items())
     report = f"memory  {words} = {sum(gb.values()):.0f} GB"
-    # Forward, backward to the activations, once more forward if they were not kept.
-    flops = cost.flops * (3 if config.checkpointing else 2) * config.batch_size
+    # Forward, once more if activations were not kept, and backward.
+    flops = cost.forward * (1 + config.checkpointing) + cost.backward
+    flops *= config.batch_size
     if device.type != "cuda":
         return f"{report}\ntime    {flops / 1e12:.1f} TFLOP a step"
     room = torch.cuda.get_device_properties(device).total_memory / 1e9

@@ -13,12 +13,17 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_align import tiny_base, tiny_pictures
+from test_sample import flux_pipeline, sana_pipeline
 from torch import nn
 
 import align
+import lora
+import sample
 from models import training, weights
 from models.weights import UserError
 
@@ -167,7 +172,6 @@ def test_a_signal_ends_the_step_saves_and_exits(tmp_path, monkeypatch, number):
         train(tmp_path / "stopped", config)
     assert end.value.code == 128 + number and signal.getsignal(number) is before
     assert int(state(tmp_path / "stopped")[1]["step"]) == 4
-    monkeypatch.undo()
     train(tmp_path / "stopped", replace(config, save_every=8))
     one, other = state(tmp_path / "whole")[0], state(tmp_path / "stopped")[0]
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -303,10 +307,102 @@ def test_the_count_on_the_meta_device_is_the_arithmetic(tmp_path):
         layer = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
         tokens = torch.empty(10, 64)
     cost = training.count(lambda: layer(tokens).sum(), layer, [layer])
-    assert cost.flops == 2 * 10 * 64 * 256 * 2
+    matmul = 2 * 10 * 64 * 256
+    assert cost.forward == 2 * matmul and cost.backward == 3 * matmul  # no gradient of the input
     # The input, the first layer's output (for the GELU) and the GELU's (for the second layer).
     assert cost.kept == 4 * (10 * 64 + 10 * 256 + 10 * 256) and cost.inputs == 4 * 10 * 64
     assert cost.blocks == 1
+
+
+# ---- the two commands on pictures of the user's, with models in the official layout
+
+
+def hostile_folder(folder: Path) -> set[str]:
+    """20 sound pictures of all kinds, and some that are not: returns the names of those."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    modes = ["RGB", "RGBA", "LA", "P", "L", "1", "CMYK", "RGB"]
+    captions = [
+        b"\xef\xbb\xbfa fox",
+        b"a dog\r\nin two lines",
+        "a cat".encode("utf-16"),
+        b"caf\xe9",
+    ]
+    for i in range(20):
+        size = [(64, 64), (100, 70), (80, 130)][i % 3]
+        picture = Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), np.uint8))
+        mode = modes[i % len(modes)]
+        path = folder / f"{i}.{'jpg' if mode == 'CMYK' else 'png'}"
+        exif = Image.Exif()
+        exif[0x112] = 1 + i % 8  # turned
+        picture.convert(mode).save(path, exif=exif)
+        path.with_suffix(".txt").write_bytes(captions[i % 4])
+    whole = (folder / "0.png").read_bytes()
+    bad = {"cut.png": whole[:500], "text.jpg": b"no picture", "empty.webp": b"", "mute.png": whole}
+    for name, content in bad.items():
+        (folder / name).write_bytes(content)
+        if name != "mute.png":
+            (folder / name).with_suffix(".txt").write_text("bad")
+    return set(bad)
+
+
+def run_main(module, monkeypatch, capsys, *flags) -> dict:
+    monkeypatch.setattr(sys, "argv", ["x.py", *map(str, flags)])
+    module.main()
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kind", ["flux", "sana"])
+def test_official_layouts_train_on_a_hostile_folder(tmp_path, monkeypatch, capsys, kind):
+    diffusers = pytest.importorskip("diffusers", reason="makes the pipelines")
+    dcae = dict(
+        attention_head_dim=8, encoder_block_types="ResBlock", decoder_block_types="ResBlock",
+        encoder_qkv_multiscales=((),) * 7, decoder_qkv_multiscales=((),) * 7,
+        encoder_block_out_channels=(8,) * 7, decoder_block_out_channels=(8,) * 7,
+        encoder_layers_per_block=(1,) * 7, decoder_layers_per_block=(1,) * 7,
+        decoder_in_shortcut=False, encoder_out_shortcut=False, scaling_factor=1.0,
+    )  # fmt: skip
+    if kind == "flux":
+        pipeline = flux_pipeline(diffusers)
+    else:
+        flow = dict(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+        pipeline = sana_pipeline(diffusers, diffusers.DPMSolverMultistepScheduler(**flow))
+    pipeline.save_pretrained(tmp_path / kind)
+    diffusers.AutoencoderDC(latent_channels=128, **dcae).save_pretrained(tmp_path / "ae")
+    bad = hostile_folder(tmp_path / "pictures")
+    out = tmp_path / "run"
+    flags = ["--model", tmp_path / kind, "--data", tmp_path / "pictures", "--resolution", 64]
+    flags += [
+        "--out",
+        out,
+        "--batch-size",
+        4,
+        "--steps",
+        2,
+        "--preview-every",
+        1,
+        "--device",
+        "cpu",
+    ]
+    doors = ["--autoencoder", tmp_path / "ae", "--embed-steps", 2, "--embed-batch", 4]
+    aligned = run_main(align, monkeypatch, capsys, *flags, *doors)
+    assert {line.split("'")[1] for line in (out / "left_out.txt").read_text().splitlines()} == bad
+    assert len(aligned["feature_distance"]["start"]) == (2 if kind == "flux" else 1)
+
+    def fail(*_, **__):
+        raise AssertionError("an encoder was loaded, though all is cached")
+
+    monkeypatch.setattr("models.text.open_encoder", fail)
+    monkeypatch.setattr("models.data.encode_rows", fail)
+    tuned = run_main(lora, monkeypatch, capsys, *flags, "--rank", 2)
+    previews = {file.name for file in (out / "previews").iterdir()}
+    assert previews == {f"{s}-00000{n}.png" for s in ("align", "lora") for n in (0, 1)}
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows if "loss" in row] == [
+        stage for stage in ("align-1", "align-2", "lora") for _ in range(2)
+    ]
+    spec, model, _ = sample.load_pipeline(tuned["files"][0])
+    assert model.latent_channels == 128 and spec["autoencoder"] == str(tmp_path / "ae")
 
 
 def script(*args: str) -> subprocess.CompletedProcess:
