@@ -29,6 +29,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,46 @@ def repeat_channels(hidden: Tensor, channels: int) -> Tensor:
     return hidden[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2)  # (B, channels, h, w)
 
 
+def upsample(layer: "Upsample", hidden: Tensor) -> Tensor:
+    """(B, width, h, w) -> (B, new_width, 2h, 2w)."""
+    if layer.interpolate:
+        learned = nn.Conv2d.forward(layer, F.interpolate(hidden, scale_factor=2, mode="nearest"))
+    else:
+        learned = F.pixel_shuffle(nn.Conv2d.forward(layer, hidden), 2)
+    if not layer.shortcut:
+        return learned
+    return learned + F.pixel_shuffle(repeat_channels(hidden, 4 * layer.new_width), 2)
+
+
+def conv_act(conv: nn.Conv2d, act: Callable, hidden: Tensor) -> Tensor:
+    return act(conv(hidden))
+
+
+def norm_act(norm: nn.Module, act: Callable, hidden: Tensor) -> Tensor:
+    return act(norm(hidden))
+
+
+def add_norm(hidden: Tensor, norm: nn.Module, branch: Tensor) -> Tensor:
+    return hidden + norm(branch)
+
+
+def gated_conv(conv: nn.Conv2d, hidden: Tensor) -> Tensor:
+    """Half of what a depthwise convolution gives is the other half's gate."""
+    value, gate = conv(hidden).chunk(2, 1)
+    return value * F.silu(gate)
+
+
+# What blocks do around their convolutions. `ops` of a block may be set to functions of the same
+# names that do it in fewer passes over memory, as those of models/kernels.py.
+PLAIN = SimpleNamespace(
+    upsample=upsample,
+    conv_act=conv_act,
+    norm_act=norm_act,
+    add_norm=add_norm,
+    gated_conv=gated_conv,
+)
+
+
 class Downsample(nn.Conv2d):
     """Half the grid, eq. (1). Being the convolution itself keeps its weight's name short."""
 
@@ -99,19 +140,15 @@ class Downsample(nn.Conv2d):
 class Upsample(nn.Conv2d):
     """Twice the grid, eq. (2)."""
 
+    ops = PLAIN
+
     def __init__(self, width: int, new_width: int, kind: str, shortcut: bool = True):
         interpolate = kind == "interpolate"
         super().__init__(width, new_width if interpolate else 4 * new_width, 3, padding=1)
         self.new_width, self.interpolate, self.shortcut = new_width, interpolate, shortcut
 
     def forward(self, hidden: Tensor) -> Tensor:  # (B, width, h, w)
-        if self.interpolate:
-            learned = super().forward(F.interpolate(hidden, scale_factor=2, mode="nearest"))
-        else:
-            learned = F.pixel_shuffle(super().forward(hidden), 2)  # (B, new_width, 2h, 2w)
-        if not self.shortcut:
-            return learned
-        return learned + F.pixel_shuffle(repeat_channels(hidden, 4 * self.new_width), 2)
+        return self.ops.upsample(self, hidden)  # (B, new_width, 2h, 2w)
 
 
 # ---- model: blocks
@@ -138,6 +175,8 @@ ACTIVATIONS = {"relu": F.relu, "silu": F.silu}
 
 
 class ResBlock(nn.Module):
+    ops = PLAIN
+
     def __init__(self, width: int, norm: str, act: str):
         super().__init__()
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
@@ -146,7 +185,8 @@ class ResBlock(nn.Module):
         self.act = ACTIVATIONS[act]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return hidden + self.norm(self.conv2(self.act(self.conv1(hidden))))
+        branch = self.conv2(self.ops.conv_act(self.conv1, self.act, hidden))
+        return self.ops.add_norm(hidden, self.norm, branch)
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-15) -> Tensor:
@@ -158,6 +198,8 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-
 
 class Attention(nn.Module):
     """Linear attention over ReLU features; each scale k adds heads that see k x k means."""
+
+    ops = PLAIN
 
     def __init__(self, width: int, head_dim: int, scales: list[int], norm: str):
         super().__init__()
@@ -186,11 +228,13 @@ class Attention(nn.Module):
             mixed = linear_attention(query.relu(), key.relu(), value)
         mixed = mixed.type_as(qkv).flatten(1, 2)  # (B, nh hd, N)
         mixed = mixed.unflatten(2, hidden.shape[-2:])  # (B, nh hd, h, w)
-        return hidden + self.norm(self.proj(mixed))
+        return self.ops.add_norm(hidden, self.norm, self.proj(mixed))
 
 
 class GLUMBConv(nn.Module):
     """Gated bottleneck: 2 x 4 the width, 3x3 neighbours mixed per channel, one half is the gate."""
+
+    ops = PLAIN
 
     def __init__(self, width: int):
         super().__init__()
@@ -200,8 +244,9 @@ class GLUMBConv(nn.Module):
         self.norm = RMSNorm(width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        value, gate = self.conv_depth(F.silu(self.conv_inverted(hidden))).chunk(2, 1)
-        return hidden + self.norm(self.conv_point(value * F.silu(gate)))
+        wide = self.ops.conv_act(self.conv_inverted, F.silu, hidden)  # (B, 8D, h, w)
+        branch = self.conv_point(self.ops.gated_conv(self.conv_depth, wide))
+        return self.ops.add_norm(hidden, self.norm, branch)
 
 
 class EfficientViTBlock(nn.Module):
@@ -271,6 +316,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The same stages, run from the last to the first: a step up, then the blocks."""
 
+    ops = PLAIN
+
     def __init__(self, config: dict):
         super().__init__()
         widths, kind = config["decoder_block_out_channels"], config["upsample_block_type"]
@@ -298,7 +345,8 @@ class Decoder(nn.Module):
             hidden = hidden + repeat_channels(latents, self.width)
         for stage in reversed(self.stages):
             hidden = stage(hidden)  # (B, widths[0], H, W) at the end
-        return self.conv_out(self.act_out(self.norm_out(hidden)))  # (B, 3, H, W)
+        hidden = self.ops.norm_act(self.norm_out, self.act_out, hidden)
+        return self.conv_out(hidden)  # (B, 3, H, W)
 
 
 class DCAE(nn.Module):

@@ -14,6 +14,7 @@ Shapes: B batch, N tokens, D width, M rows (all leading dimensions together), K 
 
 import os
 import re
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -363,6 +364,197 @@ def apply_mlp(mlp: nn.Sequential, hidden: "Tensor | Rows", fp8: bool = False) ->
     return second(rows.unflatten(0, hidden.shape[:-1]))
 
 
+# ---- around the convolutions of an autoencoder, in channels_last: a pixel's channels are a row
+
+
+def pixels_of(hidden: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B h w, C): a view of what is channels_last."""
+    hidden = hidden.contiguous(memory_format=torch.channels_last)
+    return hidden.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def bare_conv(conv: nn.Conv2d, hidden: Tensor) -> Tensor:
+    """Without its bias, which the next kernel adds: cuDNN would make a pass of its own for it."""
+    hidden = hidden.contiguous(memory_format=torch.channels_last)
+    out = F.conv2d(hidden, conv.weight, None, conv.stride, conv.padding, groups=conv.groups)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+ACTS = {F.silu: 1, F.relu: 2, None: 0}
+
+
+@jit
+def activate(x, ACT: tl.constexpr):
+    """SiLU (1), ReLU (2) or nothing (0)"""
+    if ACT == 1:
+        x = x / (1.0 + tl.exp(-x))
+    if ACT == 2:
+        x = tl.maximum(x, 0.0)
+    return x
+
+
+def conv_act(conv: nn.Conv2d, act: Callable, hidden: Tensor) -> Tensor:
+    """act(conv(hidden)); bias and activation in one pass, in place."""
+    out = bare_conv(conv, hidden)
+    rows = pixels_of(out)
+    bias = conv.weight if conv.bias is None else conv.bias
+    grid = (triton.cdiv(rows.numel(), 4096),)
+    bias_act_kernel[grid](
+        rows, bias, rows.numel(), rows.shape[1],
+        HAS_BIAS=conv.bias is not None, ACT=ACTS[act], BLOCK=4096, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+@jit
+def bias_act_kernel(
+    x, bias, total, C, HAS_BIAS: tl.constexpr, ACT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """x = act(x + bias), for numbers in a row of channels after channels"""
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = first + tl.arange(0, BLOCK)
+    mask = offsets < total
+    values = tl.load(x + offsets, mask, 0.0).to(tl.float32)
+    if HAS_BIAS:
+        channel = ((first % C).to(tl.int32) + tl.arange(0, BLOCK)) % C  # 64-bit division is slow
+        values += tl.load(bias + channel, mask, 0.0).to(tl.float32)
+    tl.store(x + offsets, activate(values, ACT).to(x.dtype.element_ty), mask)
+
+
+def norm_rows(hidden: Tensor, norm: nn.Module, act: Callable | None, add: Tensor | None) -> Tensor:
+    """act(norm(hidden)) or add + norm(hidden), for the RMSNorm of dcae.py."""
+    rows, out = pixels_of(hidden), torch.empty_like(hidden, memory_format=torch.channels_last)
+    other = rows if add is None else pixels_of(add)
+    block = triton.next_power_of_2(rows.shape[1])
+    together = max(4096 // block, 1)  # pixels of a program
+    norm_rows_kernel[(triton.cdiv(len(rows), together),)](
+        rows, norm.weight, norm.bias, other, pixels_of(out), len(rows), rows.shape[1], norm.eps,
+        ADD=add is not None, ACT=ACTS[act], ROWS=together, BLOCK=block, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+@jit
+def norm_rows_kernel(
+    hidden, weight, bias, add, out, M, C, eps,
+    ADD: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = [add +] act(x / sqrt(mean x^2 + eps) * weight + bias), for ROWS rows x"""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = (row < M) & (column < C)
+    x = tl.load(hidden + row * C + column, mask, 0.0).to(tl.float32)
+    normed = x * tl.math.rsqrt(tl.sum(x * x, 1) / C + eps)[:, None]
+    times = tl.load(weight + column, column < C, 0.0).to(tl.float32)
+    values = normed * times + tl.load(bias + column, column < C, 0.0).to(tl.float32)
+    values = activate(values, ACT)
+    if ADD:
+        values += tl.load(add + row * C + column, mask, 0.0).to(tl.float32)
+    tl.store(out + row * C + column, values.to(out.dtype.element_ty), mask)
+
+
+def norm_act(norm: nn.Module, act: Callable, hidden: Tensor) -> Tensor:
+    return norm_rows(hidden, norm, act, None)
+
+
+def add_norm(hidden: Tensor, norm: nn.Module, branch: Tensor) -> Tensor:
+    if isinstance(norm, nn.BatchNorm2d):  # of the oldest decoders
+        return hidden + norm(branch)
+    return norm_rows(branch, norm, None, hidden)
+
+
+def upsample(layer: nn.Conv2d, hidden: Tensor) -> Tensor:
+    """The convolution, its bias, the shuffle of channels into pixels, and what is handed on."""
+    new_width, (batch, width, height, breadth) = layer.new_width, hidden.shape
+    grown = F.interpolate(hidden, scale_factor=2, mode="nearest") if layer.interpolate else hidden
+    learned = bare_conv(layer, grown)
+    out = hidden.new_empty(batch, 2 * height, 2 * breadth, new_width).permute(0, 3, 1, 2)
+    block = min(triton.next_power_of_2(new_width), 1024)
+    together = max(1024 // block, 1)
+    pixels = batch * height * breadth
+    upsample_kernel[(triton.cdiv(pixels, together), triton.cdiv(new_width, block))](
+        pixels_of(learned), layer.bias, pixels_of(hidden), out, pixels, breadth, width, new_width,
+        SHUFFLED=not layer.interpolate, ADD=layer.shortcut, ROWS=together, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@jit
+def upsample_kernel(
+    learned, bias, hidden, out, M, w, C, W,
+    SHUFFLED: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """For ROWS of M pixels of C channels, and each i, j in 0, 1:
+
+    part = 4 channel + 2 i + j                            channel of W, part of 4 W
+    out[2y + i, 2x + j, channel] = learned[y, x, part] + bias[part] + hidden[y, x, part C / 4 W]
+
+    Not SHUFFLED: learned[2y + i, 2x + j, channel] + bias[channel] instead.
+    """
+    pixel = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = (pixel < M) & (channel < W)
+    y, x = pixel // w, pixel % w  # y counts on through the batch
+    for i in tl.static_range(2):
+        for j in tl.static_range(2):
+            part = 4 * channel + 2 * i + j
+            target = ((2 * y + i) * 2 * w + 2 * x + j) * W + channel
+            if SHUFFLED:
+                values = tl.load(learned + pixel * 4 * W + part, mask, 0.0).to(tl.float32)
+                values += tl.load(bias + part, channel < W, 0.0).to(tl.float32)
+            else:
+                values = tl.load(learned + target, mask, 0.0).to(tl.float32)
+                values += tl.load(bias + channel, channel < W, 0.0).to(tl.float32)
+            if ADD:
+                source = pixel * C + part // (4 * W // C)
+                values += tl.load(hidden + source, mask, 0.0).to(tl.float32)
+            tl.store(out + target, values.to(out.dtype.element_ty), mask)
+
+
+def gated_conv(conv: nn.Conv2d, hidden: Tensor) -> Tensor:
+    """conv(hidden), 3x3 and depthwise, then value * SiLU(gate) of its halves."""
+    batch, width, height, breadth = hidden.shape
+    half = width // 2
+    out = hidden.new_empty(batch, height, breadth, half).permute(0, 3, 1, 2)
+    block, together = min(triton.next_power_of_2(half), 128), 4
+    grid = (batch * height, triton.cdiv(breadth, together), triton.cdiv(half, block))
+    gated_conv_kernel[grid](
+        pixels_of(hidden), conv.weight, conv.bias, out, height, breadth, half,
+        PIXELS=together, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@jit
+def gated_conv_kernel(
+    hidden, weight, bias, out, h, w, C, PIXELS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """For PIXELS of a line: a, b = sum over the nine neighbours of theirs * weight, + bias;
+    out = a * SiLU(b). a is of the first C channels, b of the other C."""
+    line = tl.program_id(0) + tl.zeros((PIXELS, 1), tl.int64)  # counts on through the batch
+    x = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)[:, None]
+    channel = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    here = channel < C
+    y = line % h
+    a = tl.zeros((PIXELS, BLOCK), tl.float32) + tl.load(bias + channel, here, 0.0).to(tl.float32)
+    b = tl.zeros((PIXELS, BLOCK), tl.float32) + tl.load(bias + C + channel, here, 0.0).to(
+        tl.float32
+    )
+    for i in tl.static_range(3):
+        for j in tl.static_range(3):
+            inside = (y + i - 1 >= 0) & (y + i - 1 < h) & (x + j - 1 >= 0) & (x + j - 1 < w)
+            near = ((line + i - 1) * w + x + j - 1) * 2 * C + channel
+            times = tl.load(weight + channel * 9 + 3 * i + j, here, 0.0).to(tl.float32)
+            a += times * tl.load(hidden + near, inside & here, 0.0).to(tl.float32)
+            times = tl.load(weight + (C + channel) * 9 + 3 * i + j, here, 0.0).to(tl.float32)
+            b += times * tl.load(hidden + near + C, inside & here, 0.0).to(tl.float32)
+    target = (line * w + x) * C + channel
+    tl.store(out + target, (a * activate(b, 1)).to(out.dtype.element_ty), (x < w) & here)
+
+
+# ---- all of them
+
+
 def fuse(model: nn.Module) -> None:
     """Every part of a model that has `ops` gets fused ones, for FP8 if its linear layers are."""
     for module in model.modules():
@@ -372,11 +564,16 @@ def fuse(model: nn.Module) -> None:
 
 
 def fused_ops(fp8: bool) -> SimpleNamespace:
-    """As flux.PLAIN. fp8: what a linear layer reads comes as `Rows`."""
+    """As flux.PLAIN and dcae.PLAIN. fp8: what a linear layer reads comes as `Rows`."""
     return SimpleNamespace(
         modulate=partial(modulate, fp8=fp8),
         split_heads=split_heads,
         add_gated=add_gated,
         apply_mlp=partial(apply_mlp, fp8=fp8),
         join_gelu=partial(join_gelu, fp8=fp8),
+        upsample=upsample,
+        conv_act=conv_act,
+        norm_act=norm_act,
+        add_norm=add_norm,
+        gated_conv=gated_conv,
     )

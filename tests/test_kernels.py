@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import dcae
 from models import flux, kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -209,6 +210,76 @@ def test_a_flux_in_fp8_is_near_and_keeps_what_is_sensitive(monkeypatch):
     assert relative(fused, unfused) < 0.05
 
 
+# ---- DC-AE: every function of `ops` against the plain one of the model
+
+
+def picture(*shape: int, seed: int = 0) -> torch.Tensor:
+    return normal(*shape, seed=seed).contiguous(memory_format=torch.channels_last)
+
+
+def random_parameters(module: nn.Module) -> nn.Module:
+    for i, parameter in enumerate(module.to(DEVICE).parameters()):
+        parameter.data = parameter.data + 0.3 * normal(*parameter.shape, seed=i)
+    return module.requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+@needs_triton
+@pytest.mark.parametrize("act", [F.silu, F.relu])
+@pytest.mark.parametrize("bias", [True, False])
+def test_convolution_and_activation_are_the_models(act, bias):
+    conv, hidden = random_parameters(nn.Conv2d(5, 12, 3, padding=1, bias=bias)), picture(2, 5, 6, 7)
+    same(kernels.conv_act(conv, act, hidden), dcae.conv_act(conv, act, hidden))
+
+
+@needs_triton
+@pytest.mark.parametrize("width", [3, 16, 40])
+def test_norms_are_the_models(width):
+    norm = random_parameters(dcae.RMSNorm(width))
+    hidden, branch = picture(2, width, 5, 7), 3 * picture(2, width, 5, 7, seed=1)
+    same(kernels.add_norm(hidden, norm, branch), dcae.add_norm(hidden, norm, branch))
+    same(kernels.norm_act(norm, F.silu, branch), dcae.norm_act(norm, F.silu, branch))
+    loose = branch.contiguous()  # not channels_last: copied, not misread
+    same(kernels.add_norm(hidden, norm, loose), dcae.add_norm(hidden, norm, loose))
+
+
+@needs_triton
+@pytest.mark.parametrize("shortcut", [True, False])
+@pytest.mark.parametrize("kind", ["pixel_shuffle", "interpolate"])
+@pytest.mark.parametrize("widths", [(8, 4), (8, 8), (16, 4), (4, 12)])
+def test_steps_up_are_the_models(widths, kind, shortcut):
+    if (4 * widths[1]) % widths[0]:
+        pytest.skip("no shortcut fits")
+    layer = random_parameters(dcae.Upsample(*widths, kind, shortcut))
+    hidden = picture(2, widths[0], 3, 5)
+    same(kernels.upsample(layer, hidden), dcae.upsample(layer, hidden))
+
+
+@needs_triton
+@pytest.mark.parametrize("width, size", [(6, (4, 5)), (20, (3, 19)), (4, (1, 1))])
+def test_gated_depthwise_convolution_is_the_models(width, size):
+    conv = random_parameters(nn.Conv2d(width, width, 3, padding=1, groups=width))
+    hidden = picture(2, width, *size)
+    same(kernels.gated_conv(conv, hidden), dcae.gated_conv(conv, hidden))
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", ["pixel_shuffle", "interpolate"])
+def test_a_decoder_with_fused_functions_is_the_plain_one(kind):
+    torch.manual_seed(0)
+    blocks = ["ResBlock", "ResBlock", "EfficientViTBlock"]
+    model = dcae.DCAE(
+        latent_channels=4, attention_head_dim=4, encoder_block_types=blocks,
+        decoder_block_types=blocks, encoder_block_out_channels=[4, 8, 8],
+        decoder_block_out_channels=[4, 8, 8], encoder_layers_per_block=[0, 1, 1],
+        decoder_layers_per_block=[0, 1, 1], encoder_qkv_multiscales=[[], [], [5]],
+        decoder_qkv_multiscales=[[], [], [5]], upsample_block_type=kind,
+    )  # fmt: skip
+    model, latents = random_parameters(model), picture(1, 4, 3, 2)
+    expected = model.decode(latents)
+    kernels.fuse(model)
+    assert relative(model.decode(latents), expected) < 5e-6
+
+
 # ---- for GPUs that are not here
 
 
@@ -220,7 +291,7 @@ def test_kernels_compile_for_hopper_and_blackwell_without_spilling(capsys):
         signature = {arg: types.get(arg, "i32") for arg in getattr(kernels, name).arg_names}
         signature = {arg: kind for arg, kind in signature.items() if arg not in constants}
         block, warps = kernels.row_block(columns)
-        constants = {key: block if key == "BLOCK" else value for key, value in constants.items()}
+        constants = {k: block if (k, v) == ("BLOCK", 0) else v for k, v in constants.items()}
         return ["models.kernels", name, signature, constants, {"num_warps": warps}]
 
     bf16, out, fp8 = "*bf16", {"scales": "*fp32"}, {"data": "*fp8e4nv", "scale": "*fp32"}
@@ -243,6 +314,17 @@ def test_kernels_compile_for_hopper_and_blackwell_without_spilling(capsys):
             {"HEADS": 32, "HEAD_DIM": 128, "BLOCK_D": 128, "COPY_V": True},
         ),
     ]  # fmt: skip
+    for name, columns, constants in (
+        ("bias_act_kernel", 4096, {"HAS_BIAS": True, "ACT": 1, "BLOCK": 4096}),
+        ("norm_rows_kernel", 4096, {"ADD": True, "ACT": 0, "ROWS": 16, "BLOCK": 256}),
+        ("norm_rows_kernel", 4096, {"ADD": True, "ACT": 0, "ROWS": 4, "BLOCK": 1024}),
+        ("upsample_kernel", 2048, {"SHUFFLED": True, "ADD": True, "ROWS": 4, "BLOCK": 256}),
+        ("gated_conv_kernel", 2048, {"PIXELS": 4, "BLOCK": 128}),
+    ):
+        pointers = ("x", "bias", "hidden", "weight", "add", "out", "learned")
+        types = dict.fromkeys(pointers, bf16) | {"eps": "fp32"}
+        types |= {n: "i32" for n in ("x", "w") if name in ("upsample_kernel", "gated_conv_kernel")}
+        jobs.append(job(name, types, columns, constants))
     for row in aot.compile_all(jobs):
         with capsys.disabled():
             print(f"\n  {row['kernel']} sm_{row['sm']}: {row['registers']} registers", end="")
