@@ -44,7 +44,7 @@ from align import (
     transplant,
     watch,
 )  # fmt: skip
-from models import training, weights
+from models import export, training, weights
 from models.weights import UserError
 
 
@@ -69,6 +69,7 @@ class Config(training.Options):
     per_task: int = 12  # toy prompts of each task to score by; 0: none
     save_every: int = 100  # steps, so that an interrupted run goes on
     compile: bool = False  # for a GPU: some 40 s once, then shorter steps
+    export: str = ""  # diffusers, peft or comfyui: no training, what these load of a finished run
     seed: int = 0
     device: str = ""  # "": cuda, then mps, then cpu
     out: str = ""  # "": runs/<model>
@@ -244,11 +245,31 @@ def main() -> None:
     if sample.describe(config.model)["text"] != "toy":
         config = weights.parse_config(Config, __doc__, defaults=LARGE)
     out = Path(config.out or f"runs/{Path(config.model).stem}")
+    if config.export:
+        return export_run(config, out)
     spec = find_aligned(config, out)
     device = training.start(config.device)
     with training.locked(out):
         run(config, spec, out, device)
     training.finish()
+
+
+def export_run(config: Config, out: Path) -> None:
+    """Write what --export asks for, beside the run."""
+    saved = out / "lora.safetensors"
+    if not saved.exists():
+        raise UserError(f"{saved} is missing: run `python lora.py --model {config.model}` first")
+    spec = sample.describe(str(saved))
+    dtype = weights.pick_dtype(config.dtype or ("fp32" if spec["text"] == "toy" else "bf16"))
+    model = sample.load_transformer(spec, config.weights, "cpu", dtype)
+    files = export.write(config.export, saved, model, out / config.export)
+    stride = model.config.get("position_stride", 1)
+    if stride > 1:
+        print(
+            f"positions: a token sits at {stride} * i + {(stride - 1) / 2:g}; give these as img_ids"
+        )
+    print("saved  " + "  ".join(map(str, files)))
+    print(json.dumps(dict(stage="export", kind=config.export, files=[str(file) for file in files])))
 
 
 def run(config: Config, spec: dict, out: Path, device: torch.device) -> None:
