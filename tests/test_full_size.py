@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import quant
+from models import kernels, nvfp4, weights
 from models.flux import Flux, name_rows
 from models.vae import FluxVAE
 from sample import decode, draw_noise, sample, timesteps
@@ -78,3 +80,108 @@ def test_flux_at_full_size_loads_from_shards_and_samples_1024(tmp_path):
         f"first decode {time.perf_counter() - start:.2f} s, "
         f"peak {torch.cuda.max_memory_allocated() / GIB:.2f} GiB"
     )
+
+
+def random_dc_gen_flux() -> Flux:
+    """DC-Gen's 4K model with random weights, in bf16."""
+    with torch.device("meta"):
+        model = Flux(in_channels=128)
+    model = model.to(torch.bfloat16).to_empty(device="cuda").requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.fill_(1) if name.endswith("norm.scale") else p.normal_(std=0.02)
+    return model
+
+
+def quantize_random_flux(path, trip: quant.Trip) -> tuple[float, float, int]:
+    """(seconds, of them for calibration, passes of it) to a quant.safetensors at `path`."""
+    model, seconds = random_dc_gen_flux(), []
+
+    def gather(names: tuple) -> dict:
+        start = time.perf_counter()
+        inputs = quant.collect(model, names, trip, range(quant.PROMPTS), quant.Config().tokens)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        return inputs
+
+    start = time.perf_counter()
+    state, layers = quant.quantize_model(model, quant.Config(), gather, None, "")
+    total = time.perf_counter() - start
+    told = {"class": "Flux", "layers": json.dumps(layers), "stage": "quant", "format": "nvfp4"}
+    weights.save(path, state, told | {"config": json.dumps(model.config)})
+    quant.print_layers(layers)
+    return total, sum(seconds), len(seconds)
+
+
+def test_flux_at_full_size_is_quantized_in_minutes(tmp_path):
+    """Calibrated on the trajectories of random texts at 4096 x 4096; pictures are not looked at."""
+    torch.set_float32_matmul_precision("high")
+    shapes = ((quant.PROMPTS, 512, 4096), (quant.PROMPTS, 768))
+    cond = tuple(torch.randn(shape, dtype=torch.bfloat16) for shape in shapes)
+    sigmas, path = timesteps(20, "flux", tokens=4096), tmp_path / "quant.safetensors"
+    trip = quant.Trip(cond, (), (128, 64, 64), sigmas, 4.5, "euler", 0, 1)
+    torch.cuda.reset_peak_memory_stats()
+    total, calibrating, passes = quantize_random_flux(path, trip)
+    peak, size = torch.cuda.max_memory_allocated() / GIB, path.stat().st_size / GIB
+    print(
+        f"{torch.cuda.get_device_name()}: quantized in {total:.0f} s, of which {calibrating:.0f} s "
+        f"in {passes} passes of {quant.PROMPTS} x 20 steps; peak {peak:.1f} GiB, file {size:.2f} GiB"
+    )
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    ours = nvfp4.load(path, "cuda", torch.bfloat16)
+    held = torch.cuda.memory_allocated() / GIB
+    latents = draw_noise([0], (128, 64, 64)).cuda()
+    sample(ours, tuple(c[:1].cuda() for c in cond), latents, sigmas[-2:], 4.5)
+    peak_step = torch.cuda.max_memory_allocated() / GIB
+    print(f"in memory {held:.2f} GiB; in a step {peak_step:.2f} GiB at most")
+    assert total < 900 and peak < 80 and size < 6.8 and held < 6.9
+
+
+def milliseconds(run, times: int = 20) -> float:
+    """Of one call: the median of `times`, after a warm-up."""
+    run()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+    torch.cuda.synchronize()
+    for mark in marks:
+        mark.record()
+        run()
+    torch.cuda.synchronize()
+    return sorted(a.elapsed_time(b) for a, b in zip(marks, marks[1:]))[times // 2]
+
+
+@pytest.mark.parametrize("tokens", [4608, 1536])
+@pytest.mark.parametrize(
+    "k, n, rank", [(3072, 9216, 32), (3072, 12288, 32), (12288, 3072, 32), (3072, 21504, 64), (15360, 3072, 64)]
+)  # fmt: skip
+def test_quantized_layers_of_flux_are_right_and_timed(tokens, k, n, rank):
+    """Right: near the definition. The times beside bf16 and FP8 are printed, not judged."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    linear = torch.nn.Linear(k, n, device="meta").requires_grad_(False)
+    linear.weight = torch.nn.Parameter(0.02 * normal(n, k), requires_grad=False)
+    linear.bias = torch.nn.Parameter(normal(n), requires_grad=False)
+    split = quant.split(linear.weight.float(), torch.ones(k, device="cuda"), rank, "amax")
+    layer = quant.as_linear(linear, split, 4)
+    thin = quant.as_linear(linear, quant.split(linear.weight.float(), split.smooth, 0, "amax"), 4)
+    mode = nvfp4.NATIVE.get(torch.cuda.get_device_capability()[0])
+    if mode is None:
+        pytest.skip("no FP4 and no Hopper tensor cores")
+    for each in (layer, thin):
+        each.activations = 8 if mode == "w4a8" else 4
+        nvfp4.make_real(each)
+    hidden, fp8 = normal(tokens, k), kernels.FP8Linear(linear)
+    wanted = nvfp4.fake_linear(hidden, layer).float()
+    times = {"bf16": milliseconds(lambda: linear(hidden)), "fp8": milliseconds(lambda: fp8(hidden))}
+    times["inputs"] = milliseconds(lambda: nvfp4.quantized_inputs(hidden, layer))
+    for how in ("fused", "unpacked", "library") if mode == "w4a8" else ("fused",):
+        error = quant.relative(nvfp4.real_linear(hidden, layer, how).float(), wanted)
+        assert error < 0.01, (how, error)  # bf16 rounds the sum, FP8 keeps 14 bits of it
+        times[how] = milliseconds(lambda how=how: nvfp4.real_linear(hidden, layer, how))
+        times[f"{how}, no branch"] = milliseconds(
+            lambda how=how: nvfp4.real_linear(hidden, thin, how)
+        )
+    row = "  ".join(f"{name} {time:.3f}" for name, time in times.items())
+    print(f"\n{mode} {tokens} x {k} x {n}, rank {rank}, ms: {row}")

@@ -119,6 +119,15 @@ TOLERANCE = 2e-6 if DEVICE.type == "cpu" else 4e-3
 
 
 @needs_triton
+def test_a_layer_made_in_place_is_real_too():
+    linear = nn.Linear(64, 48).requires_grad_(False).to(DEVICE)
+    split = quant.split(linear.weight.float(), torch.ones(64, device=DEVICE), 8, "amax")
+    layer = quant.as_linear(linear, split, 8)
+    hidden = torch.randn(20, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    assert quant.relative(real(hidden, layer), nvfp4.fake_linear(hidden, layer)) < TOLERANCE
+
+
+@needs_triton
 def test_weights_unpacked_through_memory_give_the_same_product():
     layer = random_layer(192, 80, 32, 8)
     hidden = torch.randn(33, 192, generator=torch.Generator().manual_seed(0)).to(DEVICE)

@@ -239,6 +239,15 @@ def test_a_quantized_model_is_near_the_model_and_the_file_is_that_model(make, tm
     assert quant.relative(half(*arguments(model)).float(), out) < 0.1
 
 
+def test_convert_puts_quantized_layers_in_without_a_search():
+    model = tiny_flux()
+    wanted = model(*arguments(model))
+    quant.convert(model, rank=4)
+    kinds = {name for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert kinds == set(quant.layers_of(tiny_flux()))
+    assert 0.005 < quant.relative(model(*arguments(model)), wanted) < 0.3
+
+
 def test_an_interrupted_run_makes_only_the_layers_that_are_missing(tmp_path):
     model, made = tiny_flux(), []
     whole = quantized(model, SMALL, tmp_path)
