@@ -202,7 +202,8 @@ def transplant(base: nn.Module, latent_channels: int, position_stride: int) -> n
         model = type(base)(**base.config | changed)
     new_embedder, new_head = embedder(model), model.final_layer.linear
     for name, child in base.named_children():
-        setattr(model, name, child)
+        if any(True for _ in child.parameters()):  # not the positions: they are by the new config
+            setattr(model, name, child)
     setattr(model, embedder_name(model), new_embedder)
     model.final_layer = copy.deepcopy(base.final_layer).float()
     model.final_layer.linear = new_head

@@ -102,6 +102,17 @@ def test_a_transplant_shares_the_blocks_and_starts_silent():
     assert model(batch.noise, batch.timestep, *batch.cond, batch.guidance).abs().max() == 0
 
 
+def test_a_transplant_is_the_model_that_its_config_describes():
+    """Loaded from its file, a model is built anew: positions and all must be those of training."""
+    model = align.transplant(tiny_base(), 32, position_stride=2)
+    nn.init.normal_(model.final_layer.linear.weight)
+    built = Flux(**model.config)
+    built.load_state_dict(model.state_dict())
+    batch = tiny_batch(model)
+    args = (batch.noise, batch.timestep, *batch.cond, batch.guidance)
+    assert torch.equal(built(*args), model(*args))
+
+
 def tiny_batch(model, step: int = 0) -> Batch:
     return align.draw_batch(tiny_pictures(), Config(batch_size=4), 2.0, step, "cpu")
 
