@@ -47,7 +47,7 @@ from models.weights import UserError
 class Config:
     model: str = "flux-toy"  # a name (below), a hub id or a path
     prompt: str = "a red circle left of a blue square"
-    prompts: str = ""  # a .txt (a prompt a line) or .jsonl file ("prompt", perhaps "seed") instead
+    prompts: str = ""  # a .txt (a prompt a line) or .jsonl file ("prompt", "seed"); writes captions
     negative_prompt: str = ""  # SANA only: what to steer away from
     size: str = ""  # WxH in pixels, any; "": the model's own
     steps: int | None = None  # the model's own unless given
@@ -862,6 +862,30 @@ def save_pictures(
                 f"decoding failed ({reason}); the latents are in {kept}: "
                 f"python sample.py --from {kept} decodes them, with --device cpu if need be"
             ) from error
+        if config.prompts:  # the layout that align.py --data reads; written last, it marks the end
+            path.with_suffix(".txt").write_text(" ".join(prompt.split()) + "\n")
+
+
+def unmade(
+    config: Config, jobs: list[tuple[str, int]], paths: list[Path]
+) -> tuple[list[tuple[str, int]], list[Path]]:
+    """What an interrupted --prompts run has left to do: pictures without caption or of another recipe."""
+    rows = list(zip(jobs, paths))
+    if config.prompts:
+        rows = [(job, path) for job, path in rows if not is_made(config, job, path)]
+        if done := len(jobs) - len(rows):
+            print(f"{done} of {len(jobs)} pictures are there already, of this very recipe")
+    return [job for job, _ in rows], [path for _, path in rows]
+
+
+def is_made(config: Config, job: tuple[str, int], path: Path) -> bool:
+    if not (path.exists() and path.with_suffix(".txt").exists()):
+        return False
+    try:
+        with Image.open(path) as image:
+            return image.info.get("recipe") == write_recipe(config, *job)
+    except OSError:
+        return False
 
 
 def decode_kept(config: Config, latents: Tensor) -> None:
@@ -896,6 +920,9 @@ def main() -> None:
     dtype, size = weights.pick_dtype(config.dtype), parse_size(config.size)
     jobs = read_jobs(config)
     paths = output_paths(config.out, jobs)
+    jobs, paths = unmade(config, jobs, paths)
+    if not jobs:
+        return print(json.dumps({"stage": "sample", "files": []}))
     parts = (config.model, config.autoencoder, config.weights)
     _, transformer, autoencoder = load_pipeline(
         *parts, "meta"

@@ -14,7 +14,7 @@ from test_text import VOCABULARY, tiny_flux_text, tiny_sana_text
 import dcae
 import sample
 from dcae import DCAE
-from models import flux, sana, text, vae, weights
+from models import data, flux, sana, text, vae, weights
 from models.flux import Flux
 from models.sana import Sana
 from models.text import ToyText
@@ -267,6 +267,22 @@ def test_jsonl_prompts_have_their_own_seeds(toy, monkeypatch, capsys):
     (toy / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = run(monkeypatch, capsys, "--prompts", "p.jsonl", "--steps", 1, "--seed", 3)
     assert [Path(f).name for f in out["files"]] == ["0000_seed9.png", "0001_seed3.png"]
+
+
+def test_prompts_make_a_folder_that_the_trainers_read(toy, monkeypatch, capsys):
+    (toy / "p.txt").write_text("a red circle\na blue square\n")
+    flags = ["--prompts", toy / "p.txt", "--out", toy / "pictures", "--steps", 1]
+    files = [Path(file) for file in run(monkeypatch, capsys, *flags)["files"]]
+    folder = data.open_folder(toy / "pictures", 32)
+    assert folder.files == files and folder.captions == ["a red circle", "a blue square"]
+    # Interrupted, it goes on: only what is missing or of another recipe is made.
+    times = [file.stat().st_mtime_ns for file in files]
+    files[1].with_suffix(".txt").unlink()
+    assert run(monkeypatch, capsys, *flags)["files"] == [str(files[1])]
+    assert files[0].stat().st_mtime_ns == times[0] and files[1].stat().st_mtime_ns > times[1]
+    assert run(monkeypatch, capsys, *flags)["files"] == []
+    again = run(monkeypatch, capsys, *flags[:-1], 2)["files"]
+    assert again == [str(file) for file in files]
 
 
 def test_latents_survive_a_decoder_that_fails(toy, monkeypatch, capsys):
