@@ -336,13 +336,20 @@ def rivals(config: Config, device: torch.device) -> dict[str, Callable]:
         "torch flash": backend(SDPBackend.FLASH_ATTENTION),
         "torch cuDNN": backend(SDPBackend.CUDNN_ATTENTION),
     }
-    if kernels.runs_on(device):
-        rows["triton"] = sample.triton_attention
-        for tile in TUNED if config.tune else ():
-            rows[f"  {tile}"] = lambda *qkv, tile=tile: sample.triton_attention(*qkv, tile=tile)
+    if not kernels.runs_on(device):
+        return rows
+    major = torch.cuda.get_device_capability(device)[0]
+    portable = sample.TILES.get((major, 128), sample.TILE)
+    rows["ours"] = sample.triton_attention
+    rows["  portable kernel"] = lambda *qkv: sample.triton_attention(*qkv, tile=portable)
+    for tile in TUNED if config.tune else ():
+        rows[f"  {tile}"] = lambda *qkv, tile=tile: sample.triton_attention(*qkv, tile=tile)
+    for tile in TUNED_HOPPER if config.tune and major == 9 else ():
+        rows[f"  hopper {tile}"] = lambda *qkv, tile=tile: kernels.hopper_attention(*qkv, tile)
     return rows
 
 
+# As sample.TILES and kernels.HOPPER_TILE
 TUNED = [
     (block_m, block_n, warps, stages, registers)
     for block_m, block_n, warps in ((128, 64, 8), (128, 128, 8), (64, 64, 4), (64, 128, 4))
@@ -350,6 +357,12 @@ TUNED = [
     for registers in (None, 128, 168)
     if not (registers == 168 and warps == 8) and not (registers == 128 and block_n == 128)
 ]
+
+
+TUNED_HOPPER = [
+    (128, 128, 2, 8, None), (128, 64, 2, 8, None), (128, 64, 3, 8, None), (128, 64, 2, 8, 128),
+    (64, 128, 2, 4, None), (64, 64, 2, 4, None), (64, 64, 3, 4, None),
+]  # fmt: skip
 
 
 def measure_attention(config: Config, zoo: Zoo, found: dict) -> None:

@@ -261,17 +261,17 @@ def attention_kernel(
     full = keys // BLOCK_N * BLOCK_N  # these need no mask, and pay for none
     for first in tl.range(0, full, BLOCK_N, num_stages=STAGES):
         block = k.load([batch, head, first, 0]).reshape([BLOCK_N, BLOCK_D])
-        logits = tl.dot(queries, block.T) * scale
+        logits = tl.dot(queries, block.T)
         p, top, total, shrink = attend_block(
-            logits, bias, first, keys, top, total, BLOCK_N, HAS_BIAS, False
+            logits, scale, bias, first, keys, top, total, BLOCK_N, HAS_BIAS, False
         )
         block = v.load([batch, head, first, 0]).reshape([BLOCK_N, BLOCK_D])
         acc = tl.dot(p.to(block.dtype), block, acc * shrink[:, None])
     if full < keys:
         block = k.load([batch, head, full, 0]).reshape([BLOCK_N, BLOCK_D])
-        logits = tl.dot(queries, block.T) * scale
+        logits = tl.dot(queries, block.T)
         p, top, total, shrink = attend_block(
-            logits, bias, full, keys, top, total, BLOCK_N, HAS_BIAS, True
+            logits, scale, bias, full, keys, top, total, BLOCK_N, HAS_BIAS, True
         )
         block = v.load([batch, head, full, 0]).reshape([BLOCK_N, BLOCK_D])
         acc = tl.dot(p.to(block.dtype), block, acc * shrink[:, None])
@@ -281,22 +281,22 @@ def attention_kernel(
 
 @jit
 def attend_block(
-    logits, bias, first, keys, top, total,
+    logits, scale, bias, first, keys, top, total,
     BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """(p, top, total, shrink) of one block, as above."""
+    """(p, top, total, shrink) of one block, as above; `logits` are still to be scaled."""
     if HAS_BIAS or RAGGED:
         columns = first + tl.arange(0, BLOCK_N)
     if HAS_BIAS:
-        logits += tl.load(bias + columns, columns < keys, 0.0)[None, :]
+        logits = logits * scale + tl.load(bias + columns, columns < keys, 0.0)[None, :]
+        scale = 1.0
     if RAGGED:
         logits = tl.where((columns < keys)[None, :], logits, float("-inf"))
-    new_top = tl.maximum(top, tl.max(logits, 1))
+    new_top = tl.maximum(top, tl.max(logits, 1) * scale)
+    base = new_top
     if HAS_BIAS:  # all padding so far: -inf - -inf is no number
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    else:
-        base = new_top
-    p = tl.math.exp2(logits - base[:, None])
+    p = tl.math.exp2(logits * scale - base[:, None])  # one multiply-add and one exponential
     shrink = tl.math.exp2(top - base)
     return p, new_top, total * shrink + tl.sum(p, 1), shrink
 
@@ -322,6 +322,8 @@ def triton_attention(
     assert q.dtype in (torch.bfloat16, torch.float16) or kernels.INTERPRETED, (
         f"{q.dtype}: tensor cores take bf16 and fp16"
     )
+    if tile is None and attn_mask is None and kernels.hopper_takes(q, k, v):
+        return kernels.hopper_attention(q, k, v)  # the same algorithm, scheduled by hand
     if head_dim % 8 or any(t.data_ptr() % 16 for t in (q, k, v)):  # rows that TMA cannot address
         q, k, v = (F.pad(t, (0, -head_dim % 8)).clone() for t in (q, k, v))
     block_d = max(triton.next_power_of_2(head_dim), 16)

@@ -29,8 +29,25 @@ try:
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:  # macOS, Windows: what a definition of a kernel needs, to read past it
     triton, tl = None, SimpleNamespace(constexpr=bool)
+try:
+    import triton.experimental.gluon.language as gl
+    from triton.experimental import gluon
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as TiledDescriptor
+
+    # Renamed between Triton 3.6 and 3.9.
+    tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+    block_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+except (ImportError, AttributeError):  # no Triton, or one whose Gluon is another
+    gluon, gl = None, SimpleNamespace(constexpr=bool)
 
 jit = triton.jit if triton else lambda function: function
+gluon_jit = gluon.jit if gluon else lambda function: function
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = tl.constexpr(INTERPRETED)  # the same, for kernels to read
 
@@ -550,6 +567,162 @@ def gated_conv_kernel(
             b += times * tl.load(hidden + near + C, inside & here, 0.0).to(tl.float32)
     target = (line * w + x) * C + channel
     tl.store(out + target, (a * activate(b, 1)).to(out.dtype.element_ty), (x < w) & here)
+
+
+# ---- attention on Hopper, by hand
+
+
+def hopper_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Can `hopper_attention` work on these (B, nh, N or L, hd)?"""
+    head_dim = q.shape[3]
+    capable = gluon and q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
+    return bool(
+        capable
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and head_dim in (64, 128)
+        and all(in_one_plane(t) for t in (q, k, v))
+    )
+
+
+def in_one_plane(heads: Tensor) -> bool:
+    """Is (B, nh, N, hd) a matrix of B N rows, with heads side by side in a row?"""
+    batch, _, length, head_dim = heads.shape
+    stacked = batch == 1 or heads.stride(0) == length * heads.stride(2)
+    aligned = heads.data_ptr() % 16 == 0 and heads.stride(2) % 8 == 0
+    return stacked and aligned and heads.stride()[1::2] == (head_dim, 1)
+
+
+HOPPER_TILE = (128, 128, 2, 8, None)  # BLOCK_M, BLOCK_N, stages, warps, registers at most
+
+
+def hopper_attention(q: Tensor, k: Tensor, v: Tensor, tile: tuple = HOPPER_TILE) -> Tensor:
+    """sample.attention without a mask, where `hopper_takes`: at the rate of hand-written CUDA."""
+    block_m, block_n, stages, warps, registers = tile
+    (batch, heads, queries, head_dim), keys = q.shape, k.shape[2]
+    out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    planes = [
+        TiledDescriptor(
+            t, [batch * t.shape[2], heads * head_dim], [t.stride(2), 1], [rows, head_dim], layout
+        )
+        for t, rows in ((q, block_m), (k, block_n), (v, block_n))
+    ]
+    hopper_attention_kernel[(triton.cdiv(queries, block_m), batch * heads)](
+        *planes, out, out.stride(0), out.stride(1), out.stride(2), queries, keys, heads,
+        1.4426950408889634 * head_dim**-0.5, BLOCK_M=block_m, BLOCK_N=block_n, HEAD_DIM=head_dim,
+        STAGES=stages, WARPS=warps, num_warps=warps, maxnreg=registers,
+    )  # fmt: skip
+    return out
+
+
+@gluon_jit
+def fetch(plane, row, column, arrived, tile, wanted):
+    """Start a copy by the TMA engine; `arrived` will tell."""
+    mbarrier.expect(arrived, plane.block_type.nbytes, wanted)
+    tma_load(plane, [row, column], arrived, tile, wanted)
+
+
+@gluon_jit
+def softmax_block(logits, scale, top, total):
+    """As sample.attend_block: (p, top, total, shrink)."""
+    new_top = gl.maximum(top, gl.max(logits, 1) * scale)
+    p = gl.exp2(logits * scale - new_top[:, None])
+    shrink = gl.exp2(top - new_top)
+    return p, new_top, total * shrink + gl.sum(p, 1), shrink
+
+
+@gluon_jit
+def hopper_attention_kernel(
+    q, k, v, out, out_batch, out_head, out_row, queries, keys, heads, scale,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
+    STAGES: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """The loop of sample.attention_kernel, with tensor cores and exponentials at the same time:
+
+    logits[0] = q k[0]^T;  p = softmax_block(logits[0])
+    for j in 1 .. blocks - 1:
+        start  logits[j] = q k[j]^T                       (wgmma runs on its own)
+        start  acc += p v[j - 1]
+        wait for logits[j];  p' = softmax_block(logits[j])     while acc is still being added to
+        wait for acc;  acc *= shrink;  p = p'
+        fetch k[j + STAGES], v[j + STAGES - 1] where k[j], v[j - 1] were
+    acc += p v[blocks - 1]
+
+    Triton waits for every product at once; Gluon, its lower level, leaves that to us. Blocks go
+    from the last key to the first: the first one processed may be ragged, the others need no mask.
+    Overlapping products and softmax inside a warpgroup: FlashAttention-3, arXiv 2407.08608.
+    """
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HEAD_DIM, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+    out_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
+    q_tile = gl.allocate_shared_memory(q.dtype, [BLOCK_M, HEAD_DIM], q.layout)
+    k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, BLOCK_N, HEAD_DIM], k.layout)
+    v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, BLOCK_N, HEAD_DIM], v.layout)
+    q_arrived = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_arrived, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_arrived.index(i), count=1)
+        mbarrier.init(v_arrived.index(i), count=1)
+
+    start = gl.program_id(0) * BLOCK_M
+    batch, head = gl.program_id(1) // heads, gl.program_id(1) % heads
+    column, blocks = head * HEAD_DIM, gl.cdiv(keys, BLOCK_N)
+    last = batch * keys + (blocks - 1) * BLOCK_N  # row of the last block, the first processed
+    fetch(q, batch * queries + start, column, q_arrived, q_tile, True)
+    for i in gl.static_range(STAGES):
+        row, wanted = last - i * BLOCK_N, i < blocks
+        fetch(k, row, column, k_arrived.index(i), k_tiles.index(i), wanted)
+        fetch(v, row, column, v_arrived.index(i), v_tiles.index(i), wanted)
+    zeros = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, s_layout)
+    acc = gl.zeros([BLOCK_M, HEAD_DIM], gl.float32, acc_layout)
+    top = gl.full([BLOCK_M], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+    total = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, s_layout))
+
+    mbarrier.wait(q_arrived, 0)
+    mbarrier.wait(k_arrived.index(0), 0)
+    k_tile = k_tiles.index(0).permute((1, 0))
+    logits = warpgroup_mma(q_tile, k_tile, zeros, use_acc=False, is_async=True)
+    logits = warpgroup_mma_wait(0, deps=[logits])
+    keys_here = (blocks - 1) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+    logits = gl.where((keys_here < keys)[None, :], logits, float("-inf"))
+    p, top, total, shrink = softmax_block(logits, scale, top, total)
+    p = gl.convert_layout(p.to(q.dtype), p_layout)
+    block_barrier()  # all warps are done with k[0]
+    row = last - STAGES * BLOCK_N
+    fetch(k, row, column, k_arrived.index(0), k_tiles.index(0), STAGES < blocks)
+    for j in range(1, blocks):
+        slot, v_slot = j % STAGES, (j - 1) % STAGES
+        mbarrier.wait(k_arrived.index(slot), (j // STAGES) & 1)
+        k_tile = k_tiles.index(slot).permute((1, 0))
+        logits_later = warpgroup_mma(q_tile, k_tile, zeros, use_acc=False, is_async=True)
+        mbarrier.wait(v_arrived.index(v_slot), ((j - 1) // STAGES) & 1)
+        acc_later = warpgroup_mma(p, v_tiles.index(v_slot), acc, is_async=True)
+        logits = warpgroup_mma_wait(1, deps=[logits_later])
+        next_p, top, total, shrink = softmax_block(logits, scale, top, total)
+        acc, p = warpgroup_mma_wait(0, deps=[acc_later, p])
+        block_barrier()  # all warps are done with k[j] and v[j - 1]
+        row = last - (j + STAGES) * BLOCK_N
+        wanted = j + STAGES < blocks
+        fetch(k, row, column, k_arrived.index(slot), k_tiles.index(slot), wanted)
+        wanted = j - 1 + STAGES < blocks
+        fetch(v, row + BLOCK_N, column, v_arrived.index(v_slot), v_tiles.index(v_slot), wanted)
+        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc_layout))[:, None]
+        p = gl.convert_layout(next_p.to(q.dtype), p_layout)
+    v_slot = (blocks - 1) % STAGES
+    mbarrier.wait(v_arrived.index(v_slot), ((blocks - 1) // STAGES) & 1)
+    acc = warpgroup_mma(p, v_tiles.index(v_slot), acc, is_async=True)
+    acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+
+    acc = acc / gl.convert_layout(total, gl.SliceLayout(1, acc_layout))[:, None]
+    result = gl.convert_layout(acc.to(q.dtype), out_layout)
+    rows = start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, out_layout))
+    columns = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, out_layout))
+    out += batch.to(gl.int64) * out_batch + head * out_head
+    target = out + rows.to(gl.int64)[:, None] * out_row + columns[None, :]
+    gl.store(target, result, (rows < queries)[:, None])
 
 
 # ---- all of them

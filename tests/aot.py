@@ -39,6 +39,8 @@ def compile_one(module: str, name: str, signature: dict, constants: dict, option
         if kind.startswith("*")
         or (kind == "i32" and re.search("stride|_row|_batch|_part|groups", arg))
     }
+    if hasattr(kernel, "is_gluon") and kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     source = ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", cap, 32), options=options)
     ptx = compiled.asm["ptx"]

@@ -154,3 +154,51 @@ def test_it_compiles_for_hopper_and_blackwell_without_spilling(capsys):
         wanted = "wgmma" if row["sm"] == 90 else "mma.sync"
         assert row["tma"] and any(wanted in name for name in row["mma"])
         assert row["spilled"] <= 8  # a stack frame of 8 bytes is not a spill
+
+
+@pytest.mark.skipif(kernels.gluon is None, reason="needs Triton with Gluon")
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_hand_made_one_overlaps_products_and_softmax(dtype, capsys):
+    import aot
+
+    gl = kernels.gl
+    m, n, stages, warps, registers = kernels.HOPPER_TILE
+    layout = repr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+    signature = {t: f"tensordesc<{dtype}[{r}, 128],{layout}>" for t, r in zip("qkv", (m, n, n))}
+    signature |= {"out": f"*{dtype}", "scale": "fp32"}
+    numbers = ("out_batch", "out_head", "out_row", "queries", "keys", "heads")
+    signature |= dict.fromkeys(numbers, "i32")
+    constants = dict(BLOCK_M=m, BLOCK_N=n, HEAD_DIM=128, STAGES=stages, WARPS=warps)
+    options = {"num_warps": warps, "maxnreg": registers}
+    job = ["models.kernels", "hopper_attention_kernel", signature, constants, options]
+    (row,) = aot.compile_all([job], (90,))
+    with capsys.disabled():
+        print(f"\n  hopper attention {dtype}: {row['registers']} registers", end="")
+    assert row["spilled"] == 0 and row["tma"] and "wgmma" in row["mma"][0]
+    # Of its four waits, the one for the logits of the loop leaves the other product running.
+    assert row["wait"] == ["0", "1", "0", "0"]
+
+
+def test_which_layouts_the_hand_made_one_takes():
+    qkv = normal(2, 40, 3, 2, 64)
+    q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # (B, nh, N, hd), heads side by side
+    assert all(kernels.in_one_plane(t) for t in (q, k, v))
+    assert not kernels.in_one_plane(q.contiguous())  # (B, nh, N, hd) for real
+    assert not kernels.in_one_plane(qkv[:, :30, 0].transpose(1, 2))  # a gap between the pictures
+    assert kernels.in_one_plane(qkv[:1, :30, 0].transpose(1, 2))
+    assert DEVICE.type == "cuda" or not kernels.hopper_takes(q, k, v)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: the interpreter knows no Gluon")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("queries, keys", [(1, 1), (128, 128), (130, 300), (1000, 129), (70, 1536)])
+def test_the_hand_made_one_is_the_twin(queries, keys, dim, dtype):
+    q, k, v = (heads(2, 3, n, dim, dtype, seed=n) for n in (queries, keys, keys))
+    if not kernels.hopper_takes(q, k, v):
+        pytest.skip("needs Hopper")
+    out = kernels.hopper_attention(q, k, v)
+    expected = sample.attention(q.float(), k.float(), v.float())
+    assert relative(out, expected) < TOLERANCE[dtype]
+    for _ in range(20):  # a race would show as a moving result
+        assert torch.equal(kernels.hopper_attention(q, k, v), out)
