@@ -302,13 +302,20 @@ class Trip:
         return torch.cat(made)
 
 
-def plan(config: Config, spec: dict, model: nn.Module, stride: int, prompts: list[str]) -> Trip:
-    device = next(model.parameters()).device
+def plan(
+    config: Config,
+    spec: dict,
+    model: nn.Module,  # on the meta device will do
+    stride: int,
+    prompts: list[str],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Trip:
     settings = sample.Config(steps=config.steps, weights=config.weights)
     settings = sample.complete(settings, spec, device)
     grid = sample.latent_grid(sample.parse_size(settings.size), stride, model.patch_size)
     tokens, channels = math.prod(grid) // model.patch_size**2, model.latent_channels
-    cond, null_cond = sample.encode_text(settings, spec, prompts, device, model_dtype(model))
+    cond, null_cond = sample.encode_text(settings, spec, prompts, device, dtype)
     return Trip(
         cond,
         null_cond,
@@ -319,10 +326,6 @@ def plan(config: Config, spec: dict, model: nn.Module, stride: int, prompts: lis
         config.seed * 10_000,
         64 if spec["text"] == "toy" else 1,
     )
-
-
-def model_dtype(model: nn.Module) -> torch.dtype:
-    return next(p.dtype for p in model.parameters())
 
 
 @torch.no_grad()
@@ -566,19 +569,30 @@ def print_error_table(device: torch.device) -> None:
 # ---- main
 
 
-def rungs(config: Config) -> dict[str, Config]:
-    """What each part of the method is worth; the last but GPTQ is the default."""
+def rungs(config: Config, widest: int) -> dict[str, Config]:
+    """The ladder: what each part of the method is worth. GPTQ where there are inputs enough."""
     plain = replace(config, rank=0, grid=0, rounds=0, scales="amax", gptq=False)
-    return {
+    ways = {
         "NVFP4": plain,
         "+ smoothing": replace(plain, grid=config.grid),
         "+ low rank": replace(config, scales="amax", gptq=False),
         "+ block scales": replace(config, scales="mse", gptq=False),
-        "+ GPTQ": replace(config, scales="mse", gptq=True),
     }
+    enough = config.tokens >= gptq_tokens(widest)
+    return ways | ({"+ GPTQ": replace(config, scales="mse", gptq=True)} if enough else {})
 
 
-def check(config: Config, spec: dict, model: nn.Module) -> None:
+def gptq_tokens(widest: int) -> int:
+    """--tokens of which the fitted three quarters are twice the inputs of the widest layer."""
+    return math.ceil(8 / 3 * widest)
+
+
+def widest_of(model: nn.Module) -> int:
+    layers = (name for name, (bits, _) in layers_of(model).items() if bits == 4)
+    return max(model.get_submodule(name).weight.shape[1] for name in layers)
+
+
+def check(config: Config, spec: dict, model: nn.Module, device: torch.device) -> None:
     """Refuse what cannot work before anything is computed."""
     if config.rank < 0 or config.grid < 0 or config.tokens < 64 or config.pictures < 1:
         raise UserError("--rank and --grid are 0 or more, --tokens 64, --pictures 1 or more")
@@ -586,27 +600,25 @@ def check(config: Config, spec: dict, model: nn.Module) -> None:
         raise UserError(f"--format {config.format!r}: wanted nvfp4 or fp8")
     if config.scales not in ("mse", "amax"):
         raise UserError(f"--scales {config.scales!r}: wanted mse or amax")
-    use(model, config.mode)
+    nvfp4.pick_mode(config.mode, device)
     if spec["text"] != "toy" and not config.calib:
         raise UserError(
             f"calibration needs prompts: --calib FILE, a prompt a line, {PROMPTS} or more like "
             f"those that the model will be asked for"
         )
-    four_bit = [n for n, (bits, _) in layers_of(model).items() if bits == 4]
-    widest = max(model.get_submodule(n).weight.shape[1] for n in four_bit)
-    if config.gptq and config.tokens * 3 // 4 < 2 * widest:
+    if config.gptq and config.tokens < gptq_tokens(widest_of(model)):
         raise UserError(
-            f"--gptq with --tokens {config.tokens}: the widest layer has {widest} inputs, and with "
-            f"less than twice as many tokens to learn from GPTQ fits their noise and is worse than "
-            f"rounding: --tokens {math.ceil(8 / 3 * widest)} or more, or no --gptq"
+            f"--gptq with --tokens {config.tokens}: the widest layer has {widest_of(model)} inputs, "
+            f"and with less than twice as many to learn from GPTQ fits their noise and is worse "
+            f"than rounding: --tokens {gptq_tokens(widest_of(model))} or more, or no --gptq"
         )
-
-
-def calibration_prompts(config: Config) -> list[str]:
-    if config.calib:
-        jobs = sample.read_jobs(sample.Config(prompts=config.calib))
-        return [prompt for prompt, _ in jobs]
-    return toy.captions(toy.draw_scenes(PROMPTS, seed=config.seed), seed=config.seed)
+    if config.lora:
+        run = weights.open_checkpoint(Path(config.lora)).metadata
+        if run.get("stage") != "lora" or run.get("base") != config.model:
+            raise UserError(
+                f"--lora {config.lora} is of stage {run.get('stage')!r} and base "
+                f"{run.get('base')!r}: wanted a file of lora.py for --model {config.model}"
+            )
 
 
 def checksum(model: nn.Module) -> float:
@@ -619,7 +631,7 @@ def settings_key(config: Config, origin: str) -> str:
     return json.dumps([origin, {name: getattr(config, name) for name in about}])
 
 
-def print_header(config: Config, spec: dict, model: nn.Module, trip: Trip, calls: int) -> None:
+def print_header(config: Config, model: nn.Module, trip: Trip, calls: int) -> None:
     layers = layers_of(model)
     held = sum(model.get_submodule(name).weight.numel() for name in layers)
     share = held / sum(p.numel() for p in model.parameters())
@@ -668,6 +680,17 @@ def compare(
     return figures
 
 
+def read_prompts(config: Config, is_toy: bool) -> tuple[list[str], list[str], list[toy.Prompt]]:
+    """(prompts to calibrate on, prompts to show, what the toy's scorer wants of the latter)."""
+    if config.calib:
+        given = [prompt for prompt, _ in sample.read_jobs(sample.Config(prompts=config.calib))]
+    else:
+        given = toy.captions(toy.draw_scenes(PROMPTS, seed=config.seed), seed=config.seed)
+    tasks = toy.draw_prompts(config.per_task, seed=7) if is_toy else []
+    others = given[PROMPTS:] or given
+    return given[:PROMPTS], [task.text for task in tasks] or others[: config.pictures], tasks
+
+
 @torch.no_grad()
 def main() -> None:
     config = weights.parse_config(Config, __doc__)
@@ -677,22 +700,17 @@ def main() -> None:
     if config.model == "synthetic":
         return print_error_table(device)
     torch.set_float32_matmul_precision("high")  # errors of 3% are compared: TF32 is enough
-    source = config.lora or config.model
-    is_toy = sample.describe(source)["text"] == "toy"
-    name = config.dtype or ("fp32" if is_toy or device.type == "cpu" else "bf16")
-    dtype = weights.pick_dtype(name)
-    spec, model, autoencoder = sample.load_pipeline(source, "", config.weights, device, dtype)
-    check(config, spec, model)
-    out = Path(config.out or f"runs/{Path(config.model).stem}")
-
-    _, attend = sample.pick_attention("", device, dtype)
-    model.attention = attend
-    tasks = toy.draw_prompts(config.per_task, seed=7) if is_toy else []
-    given = calibration_prompts(config)
-    prompts, others = given[:PROMPTS], given[PROMPTS:] or given
-    shown = [task.text for task in tasks] or others[: config.pictures]
-    trip = plan(config, spec, model, autoencoder.stride, [*shown, *prompts])
-    print_header(config, spec, model, trip, len(prompts))
+    parts = (config.lora or config.model, "", config.weights)
+    spec, rehearsal, stride = before_loading(config, parts, device)
+    is_toy = spec["text"] == "toy"
+    dtype = weights.pick_dtype(
+        config.dtype or ("fp32" if is_toy or device.type == "cpu" else "bf16")
+    )
+    prompts, shown, tasks = read_prompts(config, is_toy)
+    trip = plan(config, spec, rehearsal, stride, [*shown, *prompts], device, dtype)
+    spec, model, autoencoder = sample.load_pipeline(*parts, device, dtype)
+    _, model.attention = sample.pick_attention("", device, dtype)
+    print_header(config, model, trip, len(prompts))
 
     @lru_cache(maxsize=1)
     def gather(names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -700,40 +718,65 @@ def main() -> None:
         return collect(model, names, trip, rows, config.tokens)
 
     def pictures(transformer: nn.Module) -> Tensor:
-        transformer.attention = attend
+        transformer.attention = model.attention
         return sample.decode(autoencoder, trip.latents(transformer, range(len(shown))))
 
     has_ladder = config.format == "nvfp4" and (is_toy if config.ladder is None else config.ladder)
-    ways = rungs(config) if has_ladder else {}
+    ways = rungs(config, widest_of(model)) if has_ladder else {}
     chosen = next((way for way, rung in ways.items() if rung == config), config.format)
     images, seconds, layers = {"16-bit": pictures(model)}, {}, {}
+    out = Path(config.out or f"runs/{Path(config.model).stem}")
     saved, origin = out / "quant.safetensors", f"{checksum(model)!r} {prompts}"
     for way, rung in (ways | {chosen: config}).items():
         start, progress = sample.clock(device), out / "quant.progress" / re.sub(r"\W+", "-", way)
-        key = settings_key(rung, origin)
         if config.format == "fp8":
             kernels.to_fp8(model)
             state, layers[way] = model.state_dict(), {}
         else:
+            key = settings_key(rung, origin)
             state, layers[way] = quantize_model(model, rung, gather, progress, key)
         seconds[way] = round(sample.clock(device) - start, 2)
         told = write_header(config, spec, model, layers[way])
-        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        quantized = weights.Checkpoint(saved, model.config, told, shapes, state)
         if way == chosen:
             weights.save(saved, state, told)
             quantized = weights.open_checkpoint(saved)  # as a user will
+        else:
+            shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+            quantized = weights.Checkpoint(saved, model.config, told, shapes, state)
         images[way] = pictures(nvfp4.assemble(quantized, device, dtype, config.mode))
     shutil.rmtree(out / "quant.progress", ignore_errors=True)
+    report(config, images, layers, chosen, seconds, saved, tasks, shown)
 
-    print_layers(layers[chosen])
+
+def before_loading(
+    config: Config, parts: tuple, device: torch.device
+) -> tuple[dict, nn.Module, int]:
+    """(spec, the model's shapes, the autoencoder's stride); refuses what cannot work."""
+    spec, model, autoencoder = sample.load_pipeline(*parts, "meta")
+    check(config, spec, model, device)
+    return spec, model, autoencoder.stride
+
+
+def report(
+    config: Config,
+    images: dict[str, Tensor],
+    layers: dict[str, dict],
+    chosen: str,
+    seconds: dict[str, float],
+    saved: Path,
+    tasks: list,
+    shown: list[str],
+) -> None:
+    if layers[chosen]:
+        print_layers(layers[chosen])
     figures = compare(images, layers, tasks)
-    files = [str(saved), str(out / "quant.png")]
+    files = [str(saved), str(saved.with_suffix(".png"))]
     sheet = {way: rows[:6].float() for way, rows in images.items()}
     sample.contact_sheet(sheet, shown[:6]).save(files[1])
     print(f"\nsaved  {'  '.join(files)}\nnext   python sample.py --model {saved}")
-    facts = dict(stage="quant", model=source, figures=figures, seconds=seconds, files=files)
-    print(json.dumps(facts | {"bytes": saved.stat().st_size}))
+    facts = dict(stage="quant", model=config.model, format=config.format, figures=figures)
+    size = saved.stat().st_size
+    print(json.dumps(facts | dict(seconds=seconds, bytes=size, layers=layers[chosen], files=files)))
 
 
 def write_header(config: Config, spec: dict, model: nn.Module, layers: dict) -> dict[str, str]:

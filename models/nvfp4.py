@@ -410,23 +410,27 @@ def product(
 NATIVE = {9: "w4a8", 10: "w4a4", 12: "w4a4"}  # by the first digit of the compute capability
 
 
-def use(model: nn.Module, mode: str = "") -> str:
-    """How its QuantLinears compute: fake | w4a4 | w4a8; "": the tensor cores of its GPU, or fake."""
-    device = next(model.parameters()).device
+def pick_mode(mode: str, device: torch.device) -> str:
+    """fake | w4a4 | w4a8; "": the tensor cores of this GPU, or fake."""
     found, native = str(device), "fake"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         found = "{} (sm{}{})".format(torch.cuda.get_device_name(device), *capability)
         native = NATIVE.get(capability[0], "fake") if kernels.runs_on(device) else "fake"
-    mode = mode or native
     needed = {"fake": found, "w4a4": "FP4 tensor cores (sm100, sm120)", "w4a8": "Hopper (sm90)"}
-    if mode not in needed:
+    if mode and mode not in needed:
         raise UserError(f"--mode {mode!r}: wanted {', '.join(needed)}")
-    if mode not in ("fake", native):
+    if mode not in ("", "fake", native):
         raise UserError(
             f"--mode {mode} needs {needed[mode]}, found {found}: use --mode {native} here"
             + ", the same values up to rounding without the speed" * (native == "fake")
         )
+    return mode or native
+
+
+def use(model: nn.Module, mode: str = "") -> str:
+    """Have the QuantLinears of a model compute in a mode; once real, they stay."""
+    mode = pick_mode(mode, next(model.parameters()).device)
     for layer in (m for m in model.modules() if isinstance(m, QuantLinear)):
         if layer.activations < 16:
             layer.activations = 8 if mode == "w4a8" else 4

@@ -19,6 +19,8 @@ from models.sana import Sana
 from models.weights import UserError
 from quant import Config
 
+CPU = torch.device("cpu")
+
 # ---- SVDQuant
 
 
@@ -313,10 +315,37 @@ def test_calibration_sees_the_inputs_of_the_layers_along_the_trajectory():
     assert not model.get_submodule(names[0])._forward_pre_hooks
 
 
+def test_calibration_of_sana_sees_both_halves_of_guidance_and_its_convolutions():
+    model = tiny_sana()
+    latents, _, text, mask = arguments(model)
+    null = (torch.zeros(1, 3, 8), mask[:1])
+    sigmas = sample.timesteps(3, "sana-dpm")
+    trip = quant.Trip((text, mask), null, tuple(latents.shape[1:]), sigmas, 4.5, "dpm", 0, 2)
+    names = ["blocks.0.mlp.point_conv.conv", "blocks.0.cross_attn.q_linear"]
+    kept = quant.collect(model, names, trip, range(2), 3 * 64)
+    assert {n: t.shape for n, t in kept.items()} == {names[0]: (192, 60), names[1]: (192, 24)}
+    # A call sees 2 pictures x 2 halves x 16 tokens, all of which are kept here.
+    assert len(kept[names[0]].unique(dim=0)) == 192
+
+
 def test_gptq_with_few_tokens_is_refused_with_the_reason():
     with pytest.raises(UserError, match="--tokens 320 or more"):
-        quant.check(replace(SMALL, gptq=True, tokens=256), {"text": "toy"}, tiny_flux())
-    quant.check(replace(SMALL, gptq=True, tokens=320), {"text": "toy"}, tiny_flux())
+        quant.check(replace(SMALL, gptq=True, tokens=256), {"text": "toy"}, tiny_flux(), CPU)
+    quant.check(replace(SMALL, gptq=True, tokens=320), {"text": "toy"}, tiny_flux(), CPU)
+
+
+def test_lora_of_another_model_is_refused(tmp_path):
+    for told in ({"stage": "align", "base": "flux-toy"}, {"stage": "lora", "base": "flux-dev"}):
+        weights.save(tmp_path / "lora.safetensors", {"x": torch.zeros(1)}, told)
+        config = replace(SMALL, model="flux-toy", lora=str(tmp_path / "lora.safetensors"))
+        with pytest.raises(UserError, match="wanted a file of lora.py for --model flux-toy"):
+            quant.check(config, {"text": "toy"}, tiny_flux(), CPU)
+
+
+def test_the_ladder_leaves_out_gptq_without_inputs_enough():
+    full = ["NVFP4", "+ smoothing", "+ low rank", "+ block scales", "+ GPTQ"]
+    assert list(quant.rungs(replace(SMALL, tokens=320), 120)) == full
+    assert list(quant.rungs(replace(SMALL, tokens=319), 120)) == full[:-1]
 
 
 # ---- command
