@@ -188,6 +188,7 @@ PLAIN = SimpleNamespace(
     add_gated=add_gated,
     apply_mlp=apply_mlp,
     join_gelu=join_gelu,
+    takes_rows=True,  # what modulate and join_gelu give is read by a linear layer alone
 )
 
 

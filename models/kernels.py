@@ -569,6 +569,99 @@ def gated_conv_kernel(
     tl.store(out + target, (a * activate(b, 1)).to(out.dtype.element_ty), (x < w) & here)
 
 
+# ---- SANA
+
+
+def conv_mlp(mlp: nn.Module, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
+    """sana.conv_mlp without leaving the layout of tokens: a 1x1 convolution is a linear layer."""
+    expand, contract = mlp.inverted_conv.conv, mlp.point_conv.conv
+    wide = F.linear(hidden, expand.weight.flatten(1))  # (B, N, 5D)
+    rows = wide.flatten(0, 1)
+    bias_act_kernel[(triton.cdiv(rows.numel(), 4096),)](
+        rows, expand.bias, rows.numel(), rows.shape[1],
+        HAS_BIAS=True, ACT=1, BLOCK=4096, num_warps=8,
+    )  # fmt: skip
+    image = wide.unflatten(1, grid).permute(0, 3, 1, 2)  # (B, 5D, h, w), channels_last
+    gated = gated_conv(mlp.depth_conv.conv, image)
+    return F.linear(gated.permute(0, 2, 3, 1).flatten(1, 2), contract.weight.flatten(1))
+
+
+def attend_linear(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> Tensor:
+    """softmax-free attention of sana.py in two passes, for (B, N, D) each -> (B, N, D)."""
+    if head_dim < 16 or head_dim & (head_dim - 1):  # what tensor cores do not take
+        raise ValueError(f"heads of {head_dim}: wanted a power of two from 16 on")
+    batch, length, width = q.shape
+    heads = width // head_dim
+    q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
+    splits = min(max(length // 512, 1), 32)  # programs a head, for a GPU has more room than heads
+    span = triton.cdiv(triton.cdiv(length, splits), 64) * 64
+    context = q.new_empty(splits, batch * heads, head_dim, head_dim, dtype=torch.float32)
+    totals = q.new_empty(splits, batch * heads, head_dim, dtype=torch.float32)
+    out = q.new_empty(batch, length, width)
+    strides = [n for t in (q, k, v) for n in t.stride()[:2]]
+    sum_keys_kernel[(batch * heads, splits)](
+        k, v, context, totals, *strides[2:], length, heads, span,
+        HEAD_DIM=head_dim, BLOCK=64, num_warps=4,
+    )  # fmt: skip
+    ask_kernel[(triton.cdiv(length, 64), batch * heads)](
+        q, context, totals, out, *strides[:2], length, heads, splits,
+        HEAD_DIM=head_dim, BLOCK=64, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@jit
+def sum_keys_kernel(
+    k, v, context, totals, k_batch, k_row, v_batch, v_row, length, heads, span,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """context = sum of relu(k)^T v, totals = sum of relu(k), over `span` tokens of a head"""
+    unit, split = tl.program_id(0), tl.program_id(1)
+    units = tl.num_programs(0)
+    batch, head = (unit // heads).to(tl.int64), unit % heads
+    column = tl.arange(0, HEAD_DIM)
+    k += batch * k_batch + head * HEAD_DIM + column[None, :]
+    v += batch * v_batch + head * HEAD_DIM + column[None, :]
+    acc = tl.zeros((HEAD_DIM, HEAD_DIM), tl.float32)
+    total = tl.zeros((HEAD_DIM,), tl.float32)
+    for first in range(split * span, tl.minimum((split + 1) * span, length), BLOCK):
+        token = (first + tl.arange(0, BLOCK)[:, None]).to(tl.int64)
+        keys = tl.load(k + token * k_row, token < length, 0.0)
+        keys = tl.maximum(keys, 0.0)
+        values = tl.load(v + token * v_row, token < length, 0.0)
+        acc = tl.dot(keys.T, values, acc, input_precision="tf32x3")
+        total += tl.sum(keys.to(tl.float32), 0)
+    place = split * units + unit
+    square = column[:, None] * HEAD_DIM + column[None, :]
+    tl.store(context + place * HEAD_DIM * HEAD_DIM + square, acc)
+    tl.store(totals + place * HEAD_DIM + column, total)
+
+
+@jit
+def ask_kernel(
+    q, context, totals, out, q_batch, q_row, length, heads, splits,
+    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = relu(q) context / (relu(q) . totals + eps), for BLOCK tokens of a head"""
+    unit, units = tl.program_id(1), tl.num_programs(1)
+    batch, head = (unit // heads).to(tl.int64), unit % heads
+    column = tl.arange(0, HEAD_DIM)
+    square = column[:, None] * HEAD_DIM + column[None, :]
+    table = tl.zeros((HEAD_DIM, HEAD_DIM), tl.float32)
+    total = tl.zeros((HEAD_DIM,), tl.float32)
+    for split in range(0, splits):
+        place = split * units + unit
+        table += tl.load(context + place * HEAD_DIM * HEAD_DIM + square)
+        total += tl.load(totals + place * HEAD_DIM + column)
+    token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]).to(tl.int64)
+    q += batch * q_batch + token * q_row + head * HEAD_DIM + column[None, :]
+    queries = tl.maximum(tl.load(q, token < length, 0.0), 0.0).to(tl.float32)
+    answer = tl.dot(queries, table, input_precision="tf32x3")  # the table is fp32: three passes
+    answer = answer / (tl.sum(queries * total[None, :], 1)[:, None] + 1e-15)
+    out += (batch * length + token) * heads * HEAD_DIM + head * HEAD_DIM + column[None, :]
+    tl.store(out, answer.to(out.dtype.element_ty), token < length)
+
+
 # ---- attention on Hopper, by hand
 
 
@@ -733,17 +826,21 @@ def fuse(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "ops"):
             fp8 = any(isinstance(child, FP8Linear) for child in module.modules())
+            fp8 = fp8 and hasattr(module.ops, "takes_rows")
             module.ops = fused_ops(fp8)
 
 
 def fused_ops(fp8: bool) -> SimpleNamespace:
-    """As flux.PLAIN and dcae.PLAIN. fp8: what a linear layer reads comes as `Rows`."""
+    """As PLAIN of flux, sana and dcae. fp8: what a linear layer reads comes as `Rows`."""
     return SimpleNamespace(
         modulate=partial(modulate, fp8=fp8),
         split_heads=split_heads,
         add_gated=add_gated,
         apply_mlp=partial(apply_mlp, fp8=fp8),
         join_gelu=partial(join_gelu, fp8=fp8),
+        takes_rows=True,
+        attend_linear=attend_linear,
+        conv_mlp=conv_mlp,
         upsample=upsample,
         conv_act=conv_act,
         norm_act=norm_act,

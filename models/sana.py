@@ -18,6 +18,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +120,34 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (q @ context) / (q @ total + ATTENTION_EPS)
 
 
+def attend_linear(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> Tensor:
+    """`linear_attention` in heads of `head_dim`, for (B, N, D) each -> (B, N, D)."""
+    q, k, v = (part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in (q, k, v))
+    return linear_attention(q, k, v).transpose(1, 2).flatten(2).type_as(v)
+
+
+def add_gated(hidden: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    return hidden + gate * branch
+
+
+def conv_mlp(mlp: "ConvMLP", hidden: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, N, D) -> (B, N, D), by way of the picture (B, D, h, w)."""
+    image = hidden.unflatten(1, grid).permute(0, 3, 1, 2)  # (B, D, h, w)
+    image = mlp.depth_conv(F.silu(mlp.inverted_conv(image)))  # (B, 5D, h, w)
+    value, gate = image.chunk(2, dim=1)
+    return mlp.point_conv(value * F.silu(gate)).flatten(2).transpose(1, 2)  # (B, N, D)
+
+
+# What a block does between its matrix products. `ops` of a block may be set to functions of the
+# same names that do it in fewer passes over memory, as those of models/kernels.py.
+PLAIN = SimpleNamespace(
+    modulate=modulate, add_gated=add_gated, attend_linear=attend_linear, conv_mlp=conv_mlp
+)
+
+
 class LinearSelfAttention(nn.Module):
+    ops = PLAIN
+
     def __init__(self, width: int, head_dim: int, bias: bool, qk_norm: bool):
         super().__init__()
         self.head_dim = head_dim
@@ -130,12 +158,8 @@ class LinearSelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         q, k, v = self.qkv(hidden).chunk(3, dim=-1)  # (B, N, D) each
-        q, k, v = (
-            channels.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, nh, N, hd)
-            for channels in (self.q_norm(q), self.k_norm(k), v)
-        )
-        out = linear_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, D)
-        out = self.proj(out.type_as(hidden))
+        out = self.ops.attend_linear(self.q_norm(q), self.k_norm(k), v, self.head_dim)
+        out = self.proj(out)  # (B, N, D)
         return out.clip(-65504, 65504) if out.dtype == torch.float16 else out  # fp16 ends there
 
 
@@ -166,6 +190,8 @@ class CrossAttention(nn.Module):
 class ConvMLP(nn.Module):
     """Expand, look at the eight neighbours, gate, contract ("Mix-FFN")."""
 
+    ops = PLAIN
+
     def __init__(self, width: int, ratio: float):
         super().__init__()
         inner = int(ratio * width)
@@ -176,10 +202,7 @@ class ConvMLP(nn.Module):
         self.point_conv = named(conv=nn.Conv2d(inner, width, 1, bias=False))
 
     def forward(self, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
-        image = hidden.unflatten(1, grid).permute(0, 3, 1, 2)  # (B, D, h, w)
-        image = self.depth_conv(F.silu(self.inverted_conv(image)))  # (B, 5D, h, w)
-        value, gate = image.chunk(2, dim=1)
-        return self.point_conv(value * F.silu(gate)).flatten(2).transpose(1, 2)  # (B, N, D)
+        return self.ops.conv_mlp(self, hidden, grid)
 
 
 # ---- blocks
@@ -187,6 +210,8 @@ class ConvMLP(nn.Module):
 
 class SanaBlock(nn.Module):
     """Its modulation is a table of its own plus a vector that all blocks share ("adaLN-single")."""
+
+    ops = PLAIN
 
     def __init__(self, width: int, config: dict):
         super().__init__()
@@ -211,11 +236,13 @@ class SanaBlock(nn.Module):
     ) -> Tensor:
         modulation = (self.scale_shift_table + condition).chunk(6, dim=1)  # (B, 1, D) each
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        hidden = hidden + gate * self.attn(modulate(hidden, shift, scale, self.eps))
+        ops = self.ops
+        attended = self.attn(ops.modulate(hidden, shift, scale, self.eps))
+        hidden = ops.add_gated(hidden, gate, attended)
         # The text comes in with neither norm nor gate.
         hidden = hidden + self.cross_attn(hidden, text, text_bias, attention)
-        mlp_in = modulate(hidden, mlp_shift, mlp_scale, self.eps)
-        return hidden + mlp_gate * self.mlp(mlp_in, grid)
+        mlp_in = ops.modulate(hidden, mlp_shift, mlp_scale, self.eps)
+        return ops.add_gated(hidden, mlp_gate, self.mlp(mlp_in, grid))
 
 
 class FinalLayer(nn.Module):

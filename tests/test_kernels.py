@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dcae
-from models import flux, kernels
+from models import flux, kernels, sana
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 runs = kernels.runs_on(torch.device(DEVICE))
@@ -210,6 +210,57 @@ def test_a_flux_in_fp8_is_near_and_keeps_what_is_sensitive(monkeypatch):
     assert relative(fused, unfused) < 0.05
 
 
+# ---- SANA: every function of `ops` against the plain one of the model
+
+
+@needs_triton
+@pytest.mark.parametrize("length, head_dim", [(1, 16), (70, 32), (1100, 16)])
+def test_linear_attention_is_the_models(length, head_dim):
+    q, k, v = normal(2, length, 3 * 2 * head_dim).chunk(3, dim=-1)
+    ours = kernels.attend_linear(q, k, v, head_dim)
+    expected = sana.attend_linear(q, k, v, head_dim)
+    assert ours.shape == expected.shape
+    # Where q and k hardly meet, the quotient of two small sums is not well determined.
+    assert relative(ours, expected) < 1e-5
+
+
+@needs_triton
+def test_a_token_that_asks_nothing_is_answered_zero():
+    q, k, v = normal(1, 70, 96).chunk(3, dim=-1)
+    q = -q.abs()
+    assert kernels.attend_linear(q, k, v, 32).abs().max() == 0
+
+
+def small_sana() -> sana.Sana:
+    torch.manual_seed(0)
+    model = sana.Sana(
+        in_channels=8, out_channels=8, num_layers=2, num_attention_heads=2, attention_head_dim=16,
+        num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32,
+        caption_channels=24, sample_size=4,
+    )  # fmt: skip
+    return model.to(DEVICE).requires_grad_(False).eval()
+
+
+@needs_triton
+def test_a_sana_with_fused_functions_is_the_plain_one():
+    model, mask = small_sana(), torch.arange(7, device=DEVICE)[None] < 5
+    inputs = normal(1, 8, 3, 5), torch.full((1,), 0.7, device=DEVICE), normal(1, 7, 24), mask
+    expected = model(*inputs)
+    kernels.fuse(model)
+    assert relative(model(*inputs), expected) < 1e-5
+
+
+@needs_triton
+def test_a_sana_in_fp8_quantizes_in_its_layers(monkeypatch):
+    model, mask = small_sana(), torch.arange(7, device=DEVICE)[None] < 5
+    inputs = normal(1, 8, 3, 5), torch.full((1,), 0.7, device=DEVICE), normal(1, 7, 24), mask
+    expected = model(*inputs)
+    kernels.to_fp8(model)
+    kernels.fuse(model)
+    assert isinstance(model.blocks[1].attn.qkv, kernels.FP8Linear)
+    assert 1e-4 < relative(model(*inputs), expected) < 0.1
+
+
 # ---- DC-AE: every function of `ops` against the plain one of the model
 
 
@@ -325,6 +376,11 @@ def test_kernels_compile_for_hopper_and_blackwell_without_spilling(capsys):
         types = dict.fromkeys(pointers, bf16) | {"eps": "fp32"}
         types |= {n: "i32" for n in ("x", "w") if name in ("upsample_kernel", "gated_conv_kernel")}
         jobs.append(job(name, types, columns, constants))
+    strides = ("k_batch", "k_row", "v_batch", "v_row", "q_batch", "q_row")
+    linear = dict.fromkeys(("q", "k", "v", "out"), bf16)
+    linear |= dict.fromkeys(("context", "totals"), "*fp32") | dict.fromkeys(strides, "i32")
+    for name in ("sum_keys_kernel", "ask_kernel"):
+        jobs.append(job(name, linear, 2048, {"HEAD_DIM": 32, "BLOCK": 64}))
     for row in aot.compile_all(jobs):
         with capsys.disabled():
             print(f"\n  {row['kernel']} sm_{row['sm']}: {row['registers']} registers", end="")
