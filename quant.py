@@ -7,20 +7,23 @@ What    python quant.py
 Why     A large transformer's step is matrix products. Four bits hold its weights in 2/7 of the
         memory, and Blackwell's tensor cores multiply four bits at four times the rate of sixteen.
         But a 4-bit number has 15 values, and one outlier among 16 neighbours costs them all.
-How     NVFP4: 16 neighbours along the summed dimension share a scale,
-            x = code * scale * tensor_scale, code in E2M1, scale in E4M3, tensor_scale in FP32  (1)
-        SVDQuant moves outliers from the activations to the weights, and out of the weights into
-        two thin 16-bit matrices; only the rest, which has none, is rounded:
-            x' = x * s,    W' = W / s,    W' = L R + E,    L (out, r), R (r, in)                (2)
-            y = Q(x') Q(E)^T + (x' R^T) L^T + bias                                             (3)
-        s is searched per layer on inputs from the sampler's own trajectories; (2) is repeated with
-        the rounding error of E as part of what L R has to explain.
-Cost    4.6 bits a weight instead of 16. Quantizing FLUX 12B: see the README.
+How     Outliers of the inputs are moved into the weights, and out of the weights into two thin
+        16-bit matrices; only what is left, which has none, is rounded (Q; models/nvfp4.py):
+            x' = x * s,    W' = W / s,    W' = L R + E,    L (N, r), R (r, K)                  (1)
+            y = Q(x') Q(E)^T + (x' R^T) L^T + bias                                             (2)
+        s = max|W|^beta / max|x|^alpha a channel, the pair with the least error of y on inputs
+        that the layer had along the sampler's own trajectories. Then in rounds: L R explains
+        W' - Q(E) better than it explained W', and leaves another E.
+        GPTQ (--gptq) rounds E column by column, each making up for the errors of those before.
+Cost    FLUX 12B: 6.6 GiB instead of 22.2; minutes on one GPU, printed by tests/test_full_size.py.
 Source  SVDQuant, arXiv 2411.05007, and its layer lists and search in deepcompressor (MIT HAN Lab,
-        Apache 2.0); NVFP4 by NVIDIA; GPTQ, arXiv 2210.17323.
+        Apache 2.0), written anew; GPTQ, arXiv 2210.17323; low rank by arXiv 0909.4061.
 Differs Block scales minimise the block's squared error (--scales amax: the published rule). FLUX's
         fused layers of single blocks have one branch of twice the rank where the reference has
-        two; every smoothing is scored by its own layer's output, not by the attention behind it.
+        two; each smoothing is scored by its own layer's output, not by the attention behind it;
+        the modulations are NVFP4 too (there: INT4), and so is SANA's (there: 16 bits).
+
+--model synthetic prints what each part is worth on made-up layers (CPU: some 10 minutes).
 """
 
 import json
@@ -70,7 +73,7 @@ class Config:
     mode: str = ""  # how to compute: fake | w4a4 | w4a8; "": the best of this device
     rank: int = 32  # of the 16-bit branch; 0: none
     grid: int = 20  # smoothing exponents to try, in steps of 1 / grid; 0: no smoothing
-    rounds: int = 20  # of eq. (2), at most: it ends when the output's error no longer falls
+    rounds: int = 20  # of eq. (1), at most: it ends when the output's error no longer falls
     scales: str = "mse"  # of weight blocks: mse, or amax as published
     gptq: bool = False  # round column by column, later ones making up for earlier ones
     tokens: int = 4096  # inputs kept for each layer; a quarter of them judge, and choose nothing
@@ -171,7 +174,7 @@ class Layer:
     """One way to quantize a layer; what the search compares."""
 
     smooth: Tensor  # (K,)
-    residual: Tensor  # (N, K) fp32, E of eq. (2)
+    residual: Tensor  # (N, K) fp32, E of eq. (1)
     scales: Tensor  # (N, B) e4m3
     tensor_scale: float
     rounded: Tensor  # (N, K) fp32, Q(E)
@@ -179,7 +182,7 @@ class Layer:
     up: Tensor | None = None  # (N, r)
 
     def output(self, inputs: Tensor) -> Tensor:
-        """eq. (3) without bias: (T, K) -> (T, N)."""
+        """eq. (2) without bias: (T, K) -> (T, N)."""
         out = round_activations(inputs * self.smooth) @ self.rounded.T
         return out if self.up is None else out + (inputs @ self.down.T) @ self.up.T
 
@@ -187,7 +190,7 @@ class Layer:
 def split(
     weight: Tensor, smooth: Tensor, rank: int, rule: str, explain: Tensor | float = 0.0
 ) -> Layer:
-    """eq. (2): L R approximates W / s - `explain`; the rest of W / s is rounded."""
+    """eq. (1): L R approximates W / s - `explain`; the rest of W / s is rounded."""
     scaled, down, up = weight / smooth, None, None
     residual = scaled
     if rank:

@@ -144,7 +144,7 @@ def fake_linear(hidden: Tensor, layer: QuantLinear) -> Tensor:
     if layer.activations == 4:
         smoothed = round_activations(smoothed)
     else:
-        # The product of code and scale is one bit longer than E4M3: half of them are rounded.
+        # A code times a scale has up to two bits more than E4M3 has: some are rounded again.
         smoothed, weight = round_fp8(smoothed), 8 * (weight / 8).to(torch.float8_e4m3fn).float()
     out = F.linear(smoothed.to(dtype), (weight * scale).to(dtype), layer.bias)
     if layer.rank:
@@ -364,7 +364,7 @@ WHOLE = 256  # channels: a multiple of every BLOCK_K, and scales begin at whole 
 # (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by the bits of inputs and weights, for many tokens.
 TILES = {
     (4, 4): (128, 128, 128, 8, 4),
-    (8, 4): (256, 128, 128, 8, 3),
+    (8, 4): (128, 128, 128, 8, 3),  # two programs an SM: one unpacks while the other multiplies
     (8, 8): (256, 128, 128, 8, 4),
     (16, 4): (16, 64, 256, 4, 3),
 }

@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -149,6 +150,25 @@ def milliseconds(run, times: int = 20) -> float:
     return sorted(a.elapsed_time(b) for a, b in zip(marks, marks[1:]))[times // 2]
 
 
+def tile_times(hidden, layer) -> dict[str, float]:
+    """Of the fused product with other tiles than nvfp4.TILES has: is there a better one?"""
+    data, bits = nvfp4.quantized_inputs(hidden, layer), (layer.activations, 4)
+    times, chosen = {}, nvfp4.TILES[bits]
+    for tile in (
+        (128, 128, 128, 8, 3), (128, 128, 128, 8, 4), (128, 128, 128, 4, 3), (256, 128, 128, 8, 3),
+        (256, 64, 128, 4, 3), (128, 128, 256, 8, 2), (256, 128, 256, 8, 2), (64, 128, 128, 4, 3),
+    ):  # fmt: skip
+        nvfp4.TILES[bits] = tile
+        try:
+            run = partial(nvfp4.product, *data, layer, hidden.dtype)
+            times["x".join(map(str, tile))] = milliseconds(run)
+        except Exception as error:  # noqa: BLE001  too much shared memory for this GPU
+            times["x".join(map(str, tile))] = float("nan")
+            print(tile, str(error)[:80])
+    nvfp4.TILES[bits] = chosen
+    return times
+
+
 @pytest.mark.parametrize("tokens", [4608, 1536])
 @pytest.mark.parametrize(
     "k, n, rank", [(3072, 9216, 32), (3072, 12288, 32), (12288, 3072, 32), (3072, 21504, 64), (15360, 3072, 64)]
@@ -183,5 +203,7 @@ def test_quantized_layers_of_flux_are_right_and_timed(tokens, k, n, rank):
         times[f"{how}, no branch"] = milliseconds(
             lambda how=how: nvfp4.real_linear(hidden, thin, how)
         )
+    if rank == 64:
+        times |= tile_times(hidden, layer)
     row = "  ".join(f"{name} {time:.3f}" for name, time in times.items())
     print(f"\n{mode} {tokens} x {k} x {n}, rank {rank}, ms: {row}")
