@@ -347,10 +347,12 @@ def quantized_inputs(hidden: Tensor, layer: QuantLinear) -> tuple[Tensor, Tensor
         scales = hidden.new_empty((m, padded // BLOCK), dtype=torch.float8_e4m3fn)
     branch = hidden.new_empty((m, rank))
     hidden = kernels.rows_of(hidden)
-    quantize_kernel[(triton.cdiv(m, 16),)](
+    block_m, block_k, warps, stages = INPUT_TILE
+    quantize_kernel[(triton.cdiv(m, block_m),)](
         hidden, layer.smooth, layer.down if rank else None, data, scales, branch,
         m, k, hidden.stride(0), padded // BLOCK,
-        R=rank, RANK=thin(rank), FP8=layer.activations == 8, BLOCK_M=16, BLOCK_K=256, num_warps=4,
+        R=rank, RANK=thin(rank), FP8=layer.activations == 8, BLOCK_M=block_m, BLOCK_K=block_k,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return data, scales, branch
 
@@ -360,6 +362,7 @@ def thin(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
+INPUT_TILE = (32, 128, 8, 4)  # (BLOCK_M, BLOCK_K, warps, stages): every program reads all of R
 WHOLE = 256  # channels: a multiple of every BLOCK_K, and scales begin at whole 16 bytes
 # (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by the bits of inputs and weights, for many tokens.
 TILES = {

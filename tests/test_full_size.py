@@ -165,7 +165,18 @@ def tile_times(hidden, layer) -> dict[str, float]:
         except Exception as error:  # noqa: BLE001  too much shared memory for this GPU
             times["x".join(map(str, tile))] = float("nan")
             print(tile, str(error)[:80])
-    nvfp4.TILES[bits] = chosen
+    nvfp4.TILES[bits], chosen = chosen, nvfp4.INPUT_TILE
+    for tile in (
+        (16, 128, 4, 4),
+        (16, 256, 4, 3),
+        (32, 128, 4, 4),
+        (32, 128, 8, 4),
+        (64, 128, 8, 4),
+    ):
+        nvfp4.INPUT_TILE = tile
+        name = "inputs " + "x".join(map(str, tile))
+        times[name] = milliseconds(lambda: nvfp4.quantized_inputs(hidden, layer))
+    nvfp4.INPUT_TILE = chosen
     return times
 
 

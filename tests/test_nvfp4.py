@@ -173,8 +173,10 @@ def quantize_job(fp8: bool) -> list:
     signature = dict.fromkeys(("hidden", "smooth", "down", "branch"), "*bf16")
     signature |= {"data": "*fp8e4nv" if fp8 else "*u8", "scales": "*fp32" if fp8 else "*fp8e4nv"}
     signature |= dict.fromkeys(("M", "K", "hidden_stride", "groups"), "i32")
-    constants = dict(R=32, RANK=32, FP8=fp8, BLOCK_M=16, BLOCK_K=256)
-    return ["models.nvfp4", "quantize_kernel", signature, constants, dict(num_warps=4)]
+    block_m, block_k, warps, stages = nvfp4.INPUT_TILE
+    constants = dict(R=64, RANK=64, FP8=fp8, BLOCK_M=block_m, BLOCK_K=block_k)
+    options = dict(num_warps=warps, num_stages=stages)
+    return ["models.nvfp4", "quantize_kernel", signature, constants, options]
 
 
 def compiled(jobs: list[list], *capabilities: int) -> list[dict]:
