@@ -9,6 +9,7 @@ What    python bench.py                     every part below; under 10 minutes o
             decode     the autoencoders
             text       the text encoders
             picture    20 steps and a decode, measured as a whole
+            throughput pictures a minute in batches, at 1024
             ablate     the ladder from eager to final: time, and error against fp32
 Why     DC-Gen buys its speed with fewer tokens; the rest is engineering, and has to be seen.
 How     Full-size models with random weights: latency does not depend on their values. CUDA events
@@ -41,7 +42,17 @@ import sample
 from models import flux, kernels, sana, vae, weights
 from models.weights import UserError
 
-PARTS = ("rates", "attention", "kernels", "step", "decode", "text", "picture", "ablate")
+PARTS = (
+    "rates",
+    "attention",
+    "kernels",
+    "step",
+    "decode",
+    "text",
+    "picture",
+    "throughput",
+    "ablate",
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,7 @@ class Config:
     models: str = "flux,sana"  # flux | sana | both
     sizes: str = "1024,2048,4096"  # pixels a side
     steps: int = 20  # of a picture
+    batch: int = 16  # pictures at a time, for the throughput; all else is one at a time
     seconds: float = 1.0  # of measuring for each figure; more steps where one takes longer
     limit: float = 560.0  # seconds; what would start later is left out, and named
     baseline: str = ""  # diffusers: stock diffusers too, in the same run
@@ -77,6 +89,7 @@ class Case:
     network: dict  # what differs from the defaults of Flux or Sana
     autoencoder: str  # a preset of dcae or vae
     paper: float | None = None  # seconds a picture on an H100, 20 steps, decode included
+    paper_rate: float | None = None  # pictures a minute, likewise, in batches
 
     @property
     def stride(self) -> int:
@@ -101,14 +114,14 @@ F32, F64 = "dc-ae-f32c32-sana-1.1", "dc-ae-f64c128-1.5"
 FLUX, FLUX_F32, FLUX_F64 = ({"in_channels": channels} for channels in (64, 32, 128))
 SANA_F64 = sana.DC_GEN_F64
 CASES = (
-    Case("FLUX", "flux", 1024, FLUX, "flux-vae", 4.65),
-    Case("DC-Gen-FLUX", "flux", 1024, FLUX_F32, F32, 1.10),
+    Case("FLUX", "flux", 1024, FLUX, "flux-vae", 4.65, 16.8),
+    Case("DC-Gen-FLUX", "flux", 1024, FLUX_F32, F32, 1.10, 69.4),
     Case("FLUX", "flux", 2048, FLUX, "flux-vae", 23.76),
     Case("DC-Gen-FLUX", "flux", 2048, FLUX_F64, F64, 1.41),
     Case("FLUX", "flux", 4096, FLUX, "flux-vae", 213.81),
     Case("DC-Gen-FLUX", "flux", 4096, FLUX_F64, F64, 4.04),
-    Case("SANA", "sana", 1024, sana.SAMPLED_AT[1024], F32),
-    Case("DC-Gen-SANA", "sana", 1024, SANA_F64, F64),
+    Case("SANA", "sana", 1024, sana.SAMPLED_AT[1024], F32, None, 110.7),
+    Case("DC-Gen-SANA", "sana", 1024, SANA_F64, F64, None, 435.7),
     Case("SANA", "sana", 2048, sana.SAMPLED_AT[2048], F32),
     Case("DC-Gen-SANA", "sana", 2048, SANA_F64 | {"sample_size": 32}, F64),
     Case("SANA", "sana", 4096, sana.SAMPLED_AT[4096], F32),
@@ -390,7 +403,7 @@ def measure_attention(config: Config, zoo: Zoo, found: dict) -> None:
 
 
 def measure_kernels(config: Config, zoo: Zoo, found: dict) -> None:
-    """At DC-Gen-FLUX 4K: 4608 tokens of 3072. Bytes: every input read once, every output written."""
+    """At DC-Gen-FLUX 4K, 4608 tokens of 3072. Bytes: inputs read once, outputs written once."""
     n, d, device = 4608, 3072, zoo.device
     if not kernels.runs_on(device):
         return
@@ -578,8 +591,8 @@ def measure_text(config: Config, zoo: Zoo, found: dict) -> None:
 def measure_pictures(config: Config, zoo: Zoo, found: dict) -> None:
     """Latents and decode of one picture, end to end; the text, which is small, is in `text`."""
     rows = found.setdefault("picture", {})
-    print(f"\npicture: {config.steps} steps and the decode, batch 1; ~ from single steps; x: over base"
-          f"\n\n{'':27}{'seconds':>9}{'x':>7}{'paper s':>10}{'x':>7}")  # fmt: skip
+    print(f"\npicture: {config.steps} steps and the decode, batch 1; ~: from single steps; "
+          f"x: over base\n\n{'':27}{'seconds':>9}{'x':>7}{'paper s':>10}{'x':>7}")  # fmt: skip
     for fp8 in (False, True) if config.fp8 and fp8_runs(zoo.device) else (False,):
         for case in chosen(config):
             label = f"{case.name} {case.size}" + " FP8" * fp8
@@ -588,7 +601,7 @@ def measure_pictures(config: Config, zoo: Zoo, found: dict) -> None:
             model, autoencoder = zoo.transformer(case), zoo.autoencoder(case)
             if fp8:
                 kernels.to_fp8(model)
-            seconds, measured = picture_seconds(case, model, autoencoder, config, zoo, found)
+            seconds, measured = picture_seconds(case, model, autoencoder, config, zoo)
             base = next(
                 (c for c in CASES if (c.family, c.size, c.base) == (case.family, case.size, True))
             )
@@ -603,16 +616,21 @@ def measure_pictures(config: Config, zoo: Zoo, found: dict) -> None:
 
 
 def picture_seconds(
-    case: Case, model: nn.Module, autoencoder: nn.Module, config: Config, zoo: Zoo, found: dict
+    case: Case,
+    model: nn.Module,
+    autoencoder: nn.Module,
+    config: Config,
+    zoo: Zoo,
+    batch: int = 1,
 ) -> tuple[float, bool]:
-    """(seconds, measured): a picture that would take long is extrapolated from its parts."""
-    noise, cond, guidance, null = inputs = zoo.inputs(case)
-    decode = decode_call(autoencoder, zoo.random(*case.latents), config)
+    """(seconds, measured): what would take long is extrapolated from its parts."""
+    noise, cond, guidance, null = inputs = zoo.inputs(case, batch)
+    decode = decode_call(autoencoder, zoo.random(batch, *case.latents[1:]), config)
     with prepared(model, config, zoo.device), torch.no_grad():
         call, done = one_step(model, inputs, config)
         once = measure(call, replace(config, seconds=0.1), zoo.device).median / 1000
         done()
-        if once * config.steps > 20:
+        if once * config.steps > 10:
             last = measure(decode, replace(config, seconds=0.1), zoo.device).median / 1000
             return once * config.steps + last, False
         stepper, solver = stepper_of(model, config), "euler" if case.family == "flux" else "dpm"
@@ -628,6 +646,29 @@ def picture_seconds(
         if stepper:
             stepper.close()
     return took, True
+
+
+def measure_throughput(config: Config, zoo: Zoo, found: dict) -> None:
+    """Pictures a minute at 1024, in batches: what DC-Gen-SANA's paper compares."""
+    rows = found.setdefault("throughput", {})
+    print(f"\nthroughput at 1024, {config.steps} steps and the decode, batches of {config.batch}"
+          f"\n\n{'':27}{'a minute':>10}{'x':>7}{'paper':>10}{'x':>7}")  # fmt: skip
+    for case in chosen(config):
+        label = f"{case.name} {case.size}"
+        if case.size != 1024 or zoo.late(f"throughput {label}"):
+            continue
+        model, autoencoder = zoo.transformer(case), zoo.autoencoder(case)
+        seconds, measured = picture_seconds(case, model, autoencoder, config, zoo, config.batch)
+        rate, base = 60 * config.batch / seconds, base_of(case)
+        over = rate / rows.get(f"{base.name} {base.size}", {}).get("a_minute", math.nan)
+        rows[label] = {"a_minute": rate, "over_base": over, "paper": case.paper_rate}
+        paper = f"{case.paper_rate:10.1f}{case.paper_rate / base.paper_rate:7.1f}"
+        print(f"{label:27}{'' if measured else '~'}{rate:10.1f}{over:7.1f}{paper}", flush=True)
+    zoo.kept = {}
+
+
+def base_of(case: Case) -> Case:
+    return next(c for c in CASES if (c.family, c.size, c.base) == (case.family, case.size, True))
 
 
 def memory_format(config: Config) -> torch.memory_format:
@@ -858,7 +899,7 @@ def main() -> None:
         measures = {
             "rates": measure_rates, "attention": measure_attention, "kernels": measure_kernels,
             "step": measure_steps, "decode": measure_decodes, "text": measure_text,
-            "picture": measure_pictures, "ablate": measure_ladder,
+            "picture": measure_pictures, "throughput": measure_throughput, "ablate": measure_ladder,
         }  # fmt: skip
         for part in parts or PARTS:
             measures[part](config, zoo, found)

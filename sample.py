@@ -301,7 +301,7 @@ def attend_block(
     return p, new_top, total * shrink + tl.sum(p, 1), shrink
 
 
-# (BLOCK_M, BLOCK_N, warps, stages, registers a thread at most) by generation of the GPU and BLOCK_D.
+# (BLOCK_M, BLOCK_N, warps, stages, registers a thread at most), by (GPU generation, BLOCK_D).
 TILE = (128, 64, 8, 2, None)
 TILES = {
     # Two programs to a multiprocessor: the tensor cores serve one while the other takes exponents.
@@ -389,7 +389,7 @@ class Stepper:
         guidance: float | None,
         null_cond: tuple[Tensor, ...] | None,
     ) -> None:
-        """Get ready for one batch of pictures; another batch of this kind replays the same graph."""
+        """Get ready for a batch of pictures; the next one of its shapes replays the same graph."""
         given = (*cond, *(null_cond or ()))
         signature = [noise.shape, guidance, len(cond), *(tensor.shape for tensor in given)]
         if signature != self.signature:

@@ -573,17 +573,21 @@ def gated_conv_kernel(
 
 
 def conv_mlp(mlp: nn.Module, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
-    """sana.conv_mlp without leaving the layout of tokens: a 1x1 convolution is a linear layer."""
-    expand, contract = mlp.inverted_conv.conv, mlp.point_conv.conv
-    wide = F.linear(hidden, expand.weight.flatten(1))  # (B, N, 5D)
-    rows = wide.flatten(0, 1)
-    bias_act_kernel[(triton.cdiv(rows.numel(), 4096),)](
-        rows, expand.bias, rows.numel(), rows.shape[1],
-        HAS_BIAS=True, ACT=1, BLOCK=4096, num_warps=8,
-    )  # fmt: skip
+    """sana.conv_mlp without leaving the layout of tokens."""
+    wide = pointwise(mlp.inverted_conv.conv, hidden, grid).contiguous()  # (B, N, 5D)
+    bias_act_kernel[(triton.cdiv(wide.numel(), 4096),)](
+        wide, wide, wide.numel(), wide.shape[2], HAS_BIAS=False, ACT=1, BLOCK=4096, num_warps=8
+    )
     image = wide.unflatten(1, grid).permute(0, 3, 1, 2)  # (B, 5D, h, w), channels_last
-    gated = gated_conv(mlp.depth_conv.conv, image)
-    return F.linear(gated.permute(0, 2, 3, 1).flatten(1, 2), contract.weight.flatten(1))
+    gated = gated_conv(mlp.depth_conv.conv, image).permute(0, 2, 3, 1).flatten(1, 2)
+    return pointwise(mlp.point_conv.conv, gated, grid)
+
+
+def pointwise(conv: nn.Module, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A 1x1 convolution is a linear layer on tokens; one that was quantized is called as it is."""
+    if type(conv) is nn.Conv2d:
+        return F.linear(hidden, conv.weight.flatten(1), conv.bias)
+    return conv(hidden.unflatten(1, grid).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
 
 
 def attend_linear(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> Tensor:

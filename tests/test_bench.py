@@ -20,15 +20,15 @@ NETWORK = dict(
     axes_dims_rope=(4, 6, 6),
 )  # fmt: skip
 SMALL = (
-    bench.Case("FLUX", "flux", 1024, NETWORK | {"in_channels": 64}, "flux-vae", 4.0),
-    bench.Case("DC-Gen-FLUX", "flux", 1024, NETWORK | {"in_channels": 128}, bench.F64, 1.0),
+    bench.Case("FLUX", "flux", 1024, NETWORK | {"in_channels": 64}, "flux-vae", 4.0, 10.0),
+    bench.Case("DC-Gen-FLUX", "flux", 1024, NETWORK | {"in_channels": 128}, bench.F64, 1.0, 40.0),
     bench.Case(
         "SANA", "sana", 1024,
         dict(
             num_attention_heads=2, attention_head_dim=16, num_layers=1, cross_attention_dim=32,
             num_cross_attention_heads=2, cross_attention_head_dim=16,
         ),
-        bench.F32,
+        bench.F32, None, 100.0,
     ),
 )  # fmt: skip
 CONFIG = bench.Config(seconds=0.001, steps=2, attention="torch", fuse=False, dtype="fp32")
@@ -98,6 +98,9 @@ def test_every_part_that_a_cpu_can_run_fills_its_table(small, capsys):
     bench.measure_steps(CONFIG, small, found)
     bench.measure_decodes(CONFIG, small, found)
     bench.measure_pictures(CONFIG, small, found)
+    bench.measure_throughput(replace(CONFIG, batch=2), small, found)
+    assert list(found["throughput"]) == list(found["step"])
+    assert found["throughput"]["DC-Gen-FLUX 1024"]["a_minute"] > 0
     assert list(found["step"]) == ["FLUX 1024", "DC-Gen-FLUX 1024", "SANA 1024"]
     assert len(found["decode"]) == 3 and all(row["ms"] > 0 for row in found["decode"].values())
     row = found["picture"]["DC-Gen-FLUX 1024"]

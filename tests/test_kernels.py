@@ -251,6 +251,28 @@ def test_a_sana_with_fused_functions_is_the_plain_one():
 
 
 @needs_triton
+def test_a_convolution_that_was_replaced_is_called_as_it_is():
+    model, calls = small_sana(), []
+
+    class Quantized(nn.Module):
+        def __init__(self, conv: nn.Conv2d):
+            super().__init__()
+            self.conv = conv
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            calls.append(image.shape)
+            return self.conv(image)
+
+    mlp = model.blocks[0].mlp
+    hidden = normal(2, 15, 32)
+    expected = sana.conv_mlp(mlp, hidden, (3, 5))
+    mlp.inverted_conv.conv = Quantized(mlp.inverted_conv.conv)
+    mlp.point_conv.conv = Quantized(mlp.point_conv.conv)
+    same(kernels.conv_mlp(mlp, hidden, (3, 5)), expected)
+    assert calls == [(2, 32, 3, 5), (2, 80, 3, 5)]
+
+
+@needs_triton
 def test_a_sana_in_fp8_quantizes_in_its_layers(monkeypatch):
     model, mask = small_sana(), torch.arange(7, device=DEVICE)[None] < 5
     inputs = normal(1, 8, 3, 5), torch.full((1,), 0.7, device=DEVICE), normal(1, 7, 24), mask
