@@ -71,7 +71,7 @@ class Config(training.Options):
 # For official models, unless flags say otherwise. Steps as in the paper, the rest is customary.
 LARGE = dict(
     embed_steps=2000, embed_lr=1e-3, embed_batch=64, steps=10_000, lr=1e-4, shift=0.0,
-    micro_batch=1, checkpointing=True, warmup=200, save_every=500, preview_every=1000,
+    micro_batch=2, checkpointing=True, warmup=200, save_every=500, preview_every=1000,
 )  # fmt: skip
 
 
@@ -530,12 +530,15 @@ def example(model: nn.Module, height: int, width: int) -> Batch:
         return Batch(latents, latents, torch.empty(1), cond, cond, guidance)
 
 
-def print_estimate(model: nn.Module, grid: tuple[int, int], config, steps: int, device) -> None:
-    """Memory and time, counted on the meta device."""
+def cost(model: nn.Module, grid: tuple[int, int]) -> training.Cost:
+    """What a picture of this grid costs in training; model: on the meta device."""
     batch, recover = example(model, *grid), takes_guidance(model)
     model = copy.deepcopy(model).to(torch.bfloat16)
-    cost = training.count(lambda: flow_loss(model, batch, recover), model, blocks(model))
-    print(training.estimate(cost, model, config, steps, device))
+    return training.count(lambda: flow_loss(model, batch, recover), model, blocks(model))
+
+
+def print_estimate(model: nn.Module, grid: tuple[int, int], config, steps: int, device) -> None:
+    print(training.estimate(cost(model, grid), model, config, steps, device))
 
 
 def run(config: Config, out: Path, device: torch.device) -> None:
@@ -564,8 +567,7 @@ def run(config: Config, out: Path, device: torch.device) -> None:
     embedder(base).float()  # the target of eq. (1), and a match for the new one's fp32
     model = transplant(base, autoencoder.latent_channels, stride)
     choose_trained(model)
-    if config.checkpointing:
-        training.checkpoint_blocks(blocks(model))
+    training.ready_blocks(blocks(model), config)
     autoencoder = sample.load_autoencoder(config.autoencoder, config.weights, device, dtype)
 
     count = sum(p.numel() for p in trained(model).values()) / 1e6

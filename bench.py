@@ -15,6 +15,8 @@ Why     DC-Gen buys its speed with fewer tokens; the rest is engineering, and ha
 How     Full-size models with random weights: latency does not depend on their values. CUDA events
         around whole calls, after a warm-up; median and 10th to 90th percentile. What is
         extrapolated says so (~). --baseline diffusers measures stock diffusers in the same run.
+        --train is for the trainers instead: whole steps of align.py and lora.py, update included,
+        on random latents and captions; under torchrun --nproc-per-node N on N GPUs.
 Floor   The floating-point operations of a call over the rates that this GPU reached in `rates` and
         `attention`, in this very run.
 CPU     Without a GPU: the toy, measured, and a roofline estimate for three GPUs, labelled as such.
@@ -24,11 +26,14 @@ Paper   DC-Gen, arXiv 2509.25180: one H100, batch 1, 20 steps.
 import json
 import math
 import platform
+import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +42,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import align
 import dcae
+import lora
 import sample
-from models import flux, kernels, sana, vae, weights
+from models import flux, kernels, sana, training, vae, weights
+from models.data import Pictures
 from models.weights import UserError
 
 PARTS = (
@@ -65,6 +73,10 @@ class Config:
     seconds: float = 1.0  # of measuring for each figure; more steps where one takes longer
     limit: float = 560.0  # seconds; what would start later is left out, and named
     baseline: str = ""  # diffusers: stock diffusers too, in the same run
+    train: bool = False  # training steps instead, of DC-Gen at each of --sizes
+    batch: int = 4  # --train: pictures a GPU and step
+    micro_batch: int = 2  # --train: pictures a GPU takes at once
+    compile: bool = False  # --train: compiled blocks
     tune: bool = False  # attention: every tile size, not just the one in use
     attention: str = ""  # torch | triton; "": what sample.py would use
     fuse: bool = True  # fused kernels
@@ -863,6 +875,102 @@ def estimate(config: Config, found: dict) -> None:
               + "".join(f"{cells[c]:16.2f}" for c in columns), flush=True)  # fmt: skip
 
 
+# ---- training
+
+
+def measure_training(config: Config, zoo: Zoo, found: dict) -> None:
+    """Steps of stages 2 and 3 of the full-size models, frozen weights in bf16."""
+    rate = training.gemm_rate(zoo.device)
+    found |= {"gpus": training.world(), "gemm_tflops": rate / 1e12, "train": []}
+    print(f"\n{training.world()} GPUs, each {config.batch} pictures a step, {config.micro_batch} at "
+          f"once; plain bf16 products: {rate / 1e12:.0f} TFLOP/s a GPU")  # fmt: skip
+    print(f"\n{'':29}{'trained':>9}{'s a step':>10}{'pictures/s':>12}{'TFLOP/s':>9}{'share':>7}"
+          f"{'useful':>8}{'peak GiB':>10}")  # fmt: skip
+    for case in (case for case in chosen(config) if not case.base):
+        for stage in ("align", "lora"):
+            if zoo.late(f"{stage} {case.name} {case.size}"):
+                continue
+            row = training_row(config, zoo, case, stage)
+            row |= {"share": row["tflops"] / found["gemm_tflops"]}
+            row |= {"useful": row["useful_tflops"] / found["gemm_tflops"]}
+            found["train"].append(row)
+            print(f"{stage:6}{case.name:13}{case.size:10}{row['trained'] / 1e6:7.0f} M"
+                  f"{row['seconds']:10.3f}{row['pictures_per_s']:12.2f}{row['tflops']:9.0f}"
+                  f"{row['share']:7.0%}{row['useful']:8.0%}{row['peak_gib']:10.1f}",
+                  flush=True)  # fmt: skip
+    print("share: of the plain products; useful: the same without what is computed a second time")
+
+
+def training_row(config: Config, zoo: Zoo, case: Case, stage: str) -> dict:
+    """Median of the steps after the first two; FLOP/s and memory are of one GPU."""
+    script, cuda = {"align": align, "lora": lora}[stage], zoo.device.type == "cuda"
+    flags = dict(batch_size=config.batch * training.world(), micro_batch=config.micro_batch)
+    flags |= dict(checkpointing=True, compile=config.compile, save_every=10**9)
+    flags |= dict(rank=256, alpha=256.0) if stage == "lora" else {}
+    options = script.Config(**flags)
+    rehearsal = meta_copy(case)
+    choose_trained(rehearsal, options)
+    cost = align.cost(rehearsal, case.latents[2:])
+    model = random_weights(meta_copy(case), zoo.device, torch.bfloat16)
+    choose_trained(model, options)
+    for p in align.trained(model).values():
+        p.data = p.data.float()
+    training.ready_blocks(align.blocks(model), options)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(zoo.device)
+    seconds = training_steps(model, random_pictures(zoo, case), options, zoo.device)
+    done = cost.forward + cost.backward
+    recomputed = done + cost.forward
+    each = config.batch / seconds / 1e12
+    return dict(
+        stage=stage, model=case.name, size=case.size, seconds=seconds,
+        trained=sum(p.numel() for p in align.trained(model).values()),
+        pictures_per_s=options.batch_size / seconds,
+        tflops=recomputed * each, useful_tflops=done * each,
+        peak_gib=torch.cuda.max_memory_allocated(zoo.device) / 2**30 if cuda else 0.0,
+    )  # fmt: skip
+
+
+def meta_copy(case: Case) -> nn.Module:
+    with torch.device("meta"):
+        return (flux.Flux if case.family == "flux" else sana.Sana)(**case.network)
+
+
+def choose_trained(model: nn.Module, options: align.Config | lora.Config) -> None:
+    if isinstance(options, lora.Config):
+        lora.choose_trained(model, options)
+    else:
+        align.choose_trained(model)
+
+
+def random_pictures(zoo: Zoo, case: Case, n: int = 32) -> Pictures:
+    _, cond, _, _ = zoo.inputs(case)
+    cond = tuple(c.cpu() for c in cond)
+    latents = torch.randn(n, *case.latents[1:], generator=torch.Generator().manual_seed(2))
+    captions = torch.zeros(n, dtype=torch.long)
+    return Pictures(None, latents, cond, captions, cond, guided=case.family == "flux")
+
+
+def training_steps(
+    model: nn.Module, pictures: Pictures, options, device: torch.device, steps: int = 7
+) -> float:
+    """Seconds of a step: the loop of align.py and lora.py, without their reports."""
+    trained = align.trained(model)
+    with tempfile.TemporaryDirectory() as folder:
+        optimizer = training.adamw([*trained.values()])
+        run = training.Run("bench", trained, optimizer, options, Path(folder), clip=1.0)
+        for step in run.steps(steps):
+            batch = align.draw_batch(pictures, options, 3.0, step, "cpu")
+            loss = torch.zeros((), device=device)
+            for part, share in align.parts(batch, options.micro_batch, device):
+                with training.autocast(model, device, on=True):
+                    part_loss = share * align.flow_loss(model, part, align.takes_guidance(model))
+                part_loss.backward()
+                loss += part_loss.detach()
+            run.update(loss, 1e-5)
+        return statistics.median(row["seconds"] for row in run.metrics.rows[2:])
+
+
 # ---- main
 
 
@@ -883,19 +991,23 @@ def about(device: torch.device) -> dict:
 
 def main() -> None:
     config = weights.parse_config(Config, __doc__)
-    device = weights.pick_device(config.device)
+    device = training.start(config.device)
     parts = [part for part in config.only.split(",") if part]
     if unknown := [part for part in parts if part not in PARTS]:
         raise UserError(f"--only {','.join(unknown)}: wanted some of {','.join(PARTS)}")
     if config.baseline not in ("", "diffusers"):
         raise UserError(f"--baseline {config.baseline!r}: wanted diffusers")
-    if device.type != "cuda" and (parts or config.baseline):
-        raise UserError(f"--only and --baseline measure a GPU, here is {device}: leave them out")
+    if device.type != "cuda" and (parts or config.baseline or config.train):
+        raise UserError(
+            f"--only, --baseline and --train measure a GPU, here is {device}: leave them out"
+        )
     dtype = weights.pick_dtype(config.dtype) if device.type == "cuda" else torch.float32
     zoo, found = Zoo(device, dtype, config.limit), {"stage": "bench", **about(device)}
     print("bench | " + " | ".join(f"{key} {value}" for key, value in found.items() if value))
     chosen(config)
-    if device.type == "cuda":
+    if config.train:
+        measure_training(config, zoo, found)
+    elif device.type == "cuda":
         measures = {
             "rates": measure_rates, "attention": measure_attention, "kernels": measure_kernels,
             "step": measure_steps, "decode": measure_decodes, "text": measure_text,
@@ -912,6 +1024,7 @@ def main() -> None:
     if zoo.left_out:
         print(f"\nleft out at {config.limit:g} s (--limit): {', '.join(zoo.left_out)}")
     print(json.dumps(found | {"left_out": zoo.left_out}))
+    training.finish()
 
 
 if __name__ == "__main__":

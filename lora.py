@@ -68,7 +68,6 @@ class Config(training.Options):
     dropout: float = 0.1  # share of captions emptied
     per_task: int = 12  # toy prompts of each task to score by; 0: none
     save_every: int = 100  # steps, so that an interrupted run goes on
-    compile: bool = False  # for a GPU: some 40 s once, then shorter steps
     export: str = ""  # diffusers, peft or comfyui: no training, what these load of a finished run
     seed: int = 0
     device: str = ""  # "": cuda, then mps, then cpu
@@ -78,7 +77,7 @@ class Config(training.Options):
 # For official models, unless flags say otherwise. Rank and alpha are the paper's, the rest is
 # customary.
 LARGE = dict(
-    rank=256, alpha=256.0, steps=10_000, lr=1e-4, micro_batch=1, checkpointing=True, warmup=200,
+    rank=256, alpha=256.0, steps=10_000, lr=1e-4, micro_batch=2, checkpointing=True, warmup=200,
     save_every=500, preview_every=1000,
 )  # fmt: skip
 
@@ -182,7 +181,6 @@ def train(
     optimizer = training.adamw([*trained(model).values()])
     run = training.Run("lora", trained(model), optimizer, config, out, clip=1.0)
     recover = config.recover and takes_guidance(model)
-    forward = torch.compile(model) if config.compile else model
     for step in run.steps(config.steps):
         if step % max(config.steps // 5, 1) == 0:
             with run.averaged():
@@ -194,7 +192,7 @@ def train(
         loss = torch.zeros((), device=device)
         for part, share in parts(batch, config.micro_batch, device):
             with training.autocast(model, device, on=device.type == "cuda"):
-                part_loss = share * flow_loss(forward, part, recover)  # align.py eq. (2), (3)
+                part_loss = share * flow_loss(model, part, recover)  # align.py eq. (2), (3)
             part_loss.backward()
             loss += part_loss.detach()
         run.update(loss, cosine(step, config.steps, config.lr), pictures.names_of(batch.rows))
@@ -289,8 +287,7 @@ def run(config: Config, spec: dict, out: Path, device: torch.device) -> None:
     pictures = prepare(config, spec, [spec["autoencoder"]], source, out, device, dtype)
     model = load_aligned(config, out, spec, device, dtype)
     choose_trained(model, config)
-    if config.checkpointing:
-        training.checkpoint_blocks(blocks(model))
+    training.ready_blocks(blocks(model), config)
     autoencoder = sample.load_autoencoder(spec["autoencoder"], config.weights, device, dtype)
 
     count = sum(p.numel() for p in trained(model).values()) / 1e6

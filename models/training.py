@@ -45,6 +45,7 @@ class Options:
     warmup: int = 0  # steps over which the learning rate rises
     ema: float = 0.0  # decay of a moving average, e.g. 0.999, which is then what is saved; 0: none
     dtype: str = ""  # of frozen weights and encoders: fp32, bf16; "": fp32 for toys and on a CPU
+    compile: bool = False  # for a GPU: some 40 s once, then shorter steps
     keep: int = 2  # progress files that stay, the newest
     preview_every: int = 0  # steps between pictures of held-out captions; 0: none
 
@@ -395,13 +396,14 @@ class Metrics:
 # ---- memory and time
 
 
-def checkpoint_blocks(blocks: list[nn.Module]) -> None:
-    """Each block keeps its inputs only, and is computed once more in the backward pass."""
+def ready_blocks(blocks: list[nn.Module], config) -> None:
+    """--compile and --checkpointing, block by block: blocks of a kind are compiled once."""
     for block in blocks:
-        forward = functools.partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-        )
-        block.forward = forward  # no block draws random numbers
+        if config.compile:
+            block.forward = torch.compile(block.forward)
+        if config.checkpointing:  # no block draws random numbers
+            how = dict(use_reentrant=False, preserve_rng_state=False)
+            block.forward = functools.partial(checkpoint, block.forward, **how)
 
 
 def autocast(model: nn.Module, device: torch.device, on: bool = False):
@@ -410,17 +412,17 @@ def autocast(model: nn.Module, device: torch.device, on: bool = False):
     return torch.autocast(device.type, torch.bfloat16, enabled=on or mixed)
 
 
-def gemm_rate(device: torch.device, n: int = 8192) -> float:
-    """bf16 matmuls of this GPU, in FLOP/s, over a tenth of a second or so."""
+def gemm_rate(device: torch.device) -> float:
+    """bf16 matrix products of this device, in FLOP/s, over a tenth of a second or so."""
+    n = 8192 if device.type == "cuda" else 256
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-    for _ in range(5):
-        a @ a
-    torch.cuda.synchronize(device)
-    begin = time.perf_counter()
-    for _ in range(50):
-        a @ a
-    torch.cuda.synchronize(device)
-    return 50 * 2 * n**3 / (time.perf_counter() - begin)
+    for count in (5, 50):  # the first to warm up
+        begin = time.perf_counter()
+        for _ in range(count):
+            a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return count * 2 * n**3 / (time.perf_counter() - begin)
 
 
 @dataclass(frozen=True)

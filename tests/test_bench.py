@@ -197,3 +197,16 @@ def test_what_only_a_gpu_runs(measure):
     found = {}
     measure(bench.Config(seconds=0.01), bench.Zoo(torch.device("cuda"), torch.bfloat16, 60), found)
     assert found and kernels.runs_on(torch.device("cuda"))
+
+
+def test_training_steps_are_timed_and_counted(small, capsys):
+    """The tokens are few here; the shares of a real GPU's rate come out of the same arithmetic."""
+    config, found = replace(CONFIG, models="flux", batch=2, micro_batch=1), {}
+    bench.measure_training(config, small, found)
+    rows = {row["stage"]: row for row in found["train"]}
+    assert rows.keys() == {"align", "lora"} and rows["lora"]["trained"] > rows["align"]["trained"]
+    for row in rows.values():
+        # Forward twice and backward, over the time; backward is at least a forward through blocks.
+        assert row["seconds"] > 0 and row["pictures_per_s"] == 2 / row["seconds"]
+        assert 1.2 < row["tflops"] / row["useful_tflops"] < 1.6
+        assert row["share"] == pytest.approx(row["tflops"] / found["gemm_tflops"])

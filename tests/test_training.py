@@ -246,7 +246,7 @@ def test_passes_and_recomputation_change_memory_and_not_the_result(tmp_path):
     whole = train(tmp_path / "whole", config)
     parts = train(tmp_path / "parts", replace(config, micro_batch=1))
     model = fresh_model()
-    training.checkpoint_blocks(align.blocks(model))
+    training.ready_blocks(align.blocks(model), replace(config, checkpointing=True))
     align.train_doors(model, tiny_pictures(), config, 2.0, CPU, tmp_path / "again")
     for name, p in align.trained(model).items():
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6)
