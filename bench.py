@@ -83,6 +83,7 @@ class Config:
     hoist: bool = True  # what no noise reaches, computed before the first step
     graph: bool = True  # the step as a CUDA graph
     channels_last: bool = True  # the autoencoder's memory layout
+    compile: bool = False  # the autoencoder through torch.compile instead of our kernels (minutes)
     fp8: bool = True  # also with linear layers in FP8 (lossy)
     device: str = ""  # "": cuda, then the CPU
     dtype: str = "bf16"  # bf16 | fp16, on a GPU
@@ -407,7 +408,7 @@ def measure_attention(config: Config, zoo: Zoo, found: dict) -> None:
                 took = measure(lambda: call(*tensors[n]), config, zoo.device)
                 table[name][str(n)] = 4 * n * n * 24 * 128 / took.median / 1e9
             error = relative(call(*tensors[lengths[0]]), exact)
-        except Exception as reason:  # a tile that does not fit, a backend that is not there
+        except Exception as reason:  # a tile that does not fit, a backend that is not there: told
             print(f"{name:26}{str(reason).splitlines()[0][:70]}")
             continue
         cells = "".join(f"{rate:10.0f}" for rate in table[name].values())
@@ -552,7 +553,9 @@ def decode_call(autoencoder: nn.Module, latents: Tensor, config: Config) -> Call
     if config.channels_last:
         autoencoder.to(memory_format=torch.channels_last)
         latents = latents.contiguous(memory_format=torch.channels_last)
-    if config.fuse and config.channels_last and kernels.runs_on(latents.device):
+    if config.compile:
+        autoencoder.decoder = torch.compile(autoencoder.decoder, mode="max-autotune-no-cudagraphs")
+    elif config.fuse and config.channels_last and kernels.runs_on(latents.device):
         kernels.fuse(autoencoder)
 
     @torch.no_grad()

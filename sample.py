@@ -12,8 +12,10 @@ How     noisy = (1 - t) latents + t noise,   velocity = d noisy / dt = noise - l
         Euler: noisy += (t_next - t) velocity                                                  (3)
         DPM-Solver++ 2M: the same path in log signal-to-noise, with a memory of one step       (4)
 Cost    steps x one call of the transformer (two for SANA's guidance), and one decode.
+Speed   On a GPU: flash attention in Triton, fused kernels (models/kernels.py), what the steps share
+        computed once, a CUDA graph. --no-fast is the plain model; --fp8 is faster and lossy.
 Source  FLUX.1 (mu of the token count), DC-Gen arXiv 2509.25180, SANA arXiv 2410.10629,
-        DPM-Solver++ arXiv 2211.01095.
+        DPM-Solver++ arXiv 2211.01095, FlashAttention-2 arXiv 2307.08691.
 Differs Sizes that the latent grid cannot hold are padded and cropped back, where diffusers rounds.
         Noise is drawn on the CPU, one generator a picture: a seed here is another seed there.
 

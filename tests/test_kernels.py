@@ -13,6 +13,12 @@ runs = kernels.runs_on(torch.device(DEVICE))
 needs_triton = pytest.mark.skipif(not runs, reason="needs Triton and a GPU, or its interpreter")
 
 
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    """On a GPU: fp32 means fp32, also in convolutions, where TF32 is the default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(shape, generator=generator).to(DEVICE, dtype)

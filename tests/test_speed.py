@@ -14,6 +14,12 @@ needs_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 STEPS = 3
 
 
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch):
+    """On a GPU: fp32 means fp32, also in convolutions, where TF32 is the default."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)).to(DEVICE)
 
