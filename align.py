@@ -26,9 +26,7 @@ Differs Stage 1 sees clean latents only: with independent noise on both sides (1
 import copy
 import json
 import math
-import subprocess
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,7 +36,7 @@ from torch import Tensor, nn
 import dcae
 import sample
 from models import data, text, toy, training, vae, weights
-from models.data import Pictures
+from models.data import Batch, Pictures, example, parts
 from models.flux import Flux
 from models.weights import UserError
 
@@ -80,14 +78,17 @@ LARGE = dict(
 
 def open_source(config, size: int, factor: int, out: Path, device: torch.device):
     """Anything with captions, images(rows) and a key: a folder of the user's, or the toy world."""
-    if not config.data:
-        return toy.Source(config.scenes, seed=1000 + config.seed, device=device)
-    folder = training.on_first(lambda: data.open_folder(config.data, size, factor))
-    folder = data.shuffled(folder)
-    print(data.describe(folder))
-    if folder.left_out and training.rank() == 0:
-        print(f"all of them: {data.write_left_out(folder, out / 'left_out.txt')}")
-    return folder
+    if config.data:
+        source = training.on_first(lambda: data.open_folder(config.data, size, factor))
+        source = data.shuffled(source)
+        print(data.describe(source))
+        if source.left_out and training.rank() == 0:
+            print(f"all of them: {data.write_left_out(source, out / 'left_out.txt')}")
+    else:
+        source = toy.Source(config.scenes, seed=1000 + config.seed, device=device)
+    if len(source) < data.FEWEST:
+        raise UserError(f"{len(source)} pictures; at least {data.FEWEST} are needed to train")
+    return source
 
 
 def open_autoencoder(name: str, config, device, dtype) -> data.Encoder:
@@ -104,48 +105,15 @@ def open_autoencoder(name: str, config, device, dtype) -> data.Encoder:
 
 def prepare(config, spec: dict, names: list[str], source, out: Path, device, dtype) -> Pictures:
     """Every image through each of the named autoencoders, the last of them new; and the captions."""
-    if len(source) < data.FEWEST:
-        raise UserError(f"{len(source)} pictures; at least {data.FEWEST} are needed to train")
     captions = source.captions
     if spec["text"] == "toy":
         captions = [toy.known_words(caption) for caption in captions]
     cache = out / "cache"
     words = (spec["text"], sample.text_source(spec, config.weights))
-    distinct, cond, null_cond = data.encode_captions(*words, captions, cache, device, dtype)
+    words = data.encode_captions(*words, captions, cache, device, dtype)
     encoders = [open_autoencoder(name, config, device, dtype) for name in names]
-    encoded = [data.encode(source, encoder, cache) for encoder in encoders]
-    index = {caption: i for i, caption in enumerate(distinct)}
-    return Pictures(
-        base_latents=encoded[0] if len(encoded) == 2 else None,
-        latents=encoded[-1],
-        cond=cond,
-        caption=torch.tensor([index[c] for c in captions]),
-        null_cond=null_cond,
-        guided=spec["text"] != "sana",
-        sizes=tuple(getattr(source, "sizes", ())),
-        names=tuple(map(str, getattr(source, "files", ()))),
-        captions=tuple(distinct),
-    )
-
-
-@dataclass(frozen=True)
-class Batch:
-    latents: Tensor  # (B, C, h, w)
-    noise: Tensor
-    timestep: Tensor  # (B,)
-    cond: tuple[Tensor, ...]
-    null_cond: tuple[Tensor, ...]
-    guidance: Tensor | None  # (B,), None if the model does not take it
-    rows: Tensor | None = None  # of the pictures, all processes' together
-
-    def part(self, rows: slice, device) -> "Batch":
-        def take(value):
-            if isinstance(value, tuple):
-                return tuple(map(take, value))
-            return value if value is None else value[rows].to(device)
-
-        taken = {f.name: take(getattr(self, f.name)) for f in fields(self) if f.name != "rows"}
-        return Batch(**taken, rows=self.rows)
+    latents = [data.encode(source, encoder, cache) for encoder in encoders]
+    return data.assemble(source, captions, latents, words, guided=spec["text"] != "sana")
 
 
 def draw_batch(
@@ -176,14 +144,6 @@ def draw_batch(
     guidance = guidance if pictures.guided else None
     whole = Batch(latents.float(), noise, timestep, cond, null_cond, guidance, rows)
     return whole.part(slice(None), device)
-
-
-def parts(batch: Batch, size: int, device) -> Iterator[tuple[Batch, float]]:
-    """The batch in passes of `size` pictures (0: at once), and the weight of each one's loss."""
-    n = len(batch.noise)
-    for first in range(0, n, size or n):
-        part = batch.part(slice(first, first + (size or n)), device)
-        yield part, len(part.noise) / len(batch.rows)
 
 
 # ---- model
@@ -281,6 +241,8 @@ def held_out_loss(model: nn.Module, pictures: Pictures, config, shift: float, de
     n, loss = len(pictures.latents) - len(pictures), 0.0
     for i in range(8):
         for rows in pictures.held_out:
+            if training.rank() >= len(rows):  # none of these is this process's
+                continue
             batch = draw_batch(pictures, fixed, shift, i, "cpu", held_out=rows)
             for part, share in parts(batch, config.micro_batch, device):
                 with training.autocast(model, device):
@@ -403,23 +365,6 @@ def train_doors(
 # ---- report
 
 
-def header(
-    config, stage: str, spec: dict, autoencoder: str, model: nn.Module, shift: float, step: int
-) -> dict[str, str]:
-    """What makes a run loadable and repeatable, as a safetensors header holds it: strings."""
-    commit = subprocess.run(
-        ["git", "-C", str(weights.ROOT), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-    )
-    facts = dict(
-        stage=stage, base=spec["transformer"], autoencoder=autoencoder, config=model.config,
-        shift=shift, seed=config.seed, step=step, command=asdict(config),
-        commit=commit.stdout.strip(), torch=torch.__version__,
-    )  # fmt: skip
-    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
-
-
 def show_and_score(
     contestants: dict[str, tuple], spec: dict, config, device
 ) -> tuple[dict[str, dict], dict[str, Tensor], list[str]]:
@@ -499,35 +444,11 @@ def main() -> None:
     training.finish()
 
 
-def check_sizes(size: int, factors: list[int]) -> None:
-    for factor in factors:
-        if size % factor:
-            raise UserError(
-                f"--resolution {size} is no multiple of {factor}: "
-                f"try {size // factor * factor or factor}"
-            )
-
-
 def choose_trained(model: nn.Module) -> None:
     """Freeze by name, in the open: the two doors are trained."""
     model.requires_grad_(False)
     for door in doors(model):
         door.requires_grad_(True)
-
-
-def example(model: nn.Module, height: int, width: int) -> Batch:
-    """One picture's batch on the meta device: shapes without values."""
-    config, channels = model.config, model.latent_channels
-    with torch.device("meta"):
-        latents = torch.empty(1, channels, height, width)
-        if isinstance(model, Flux):
-            text_cond = torch.empty(1, 512, config["joint_attention_dim"])
-            cond = (text_cond, torch.empty(1, config["pooled_projection_dim"]))
-        else:
-            text_cond = torch.empty(1, 300, config["caption_channels"])
-            cond = (text_cond, torch.empty(1, 300, dtype=torch.bool))
-        guidance = torch.empty(1) if isinstance(model, Flux) else None
-        return Batch(latents, latents, torch.empty(1), cond, cond, guidance)
 
 
 def cost(model: nn.Module, grid: tuple[int, int]) -> training.Cost:
@@ -550,7 +471,7 @@ def run(config: Config, out: Path, device: torch.device) -> None:
     autoencoder = sample.load_autoencoder(config.autoencoder, config.weights, "meta", dtype)
     size = config.resolution or spec["size"]
     factors = [base_autoencoder.stride * base.patch_size, autoencoder.stride]
-    check_sizes(size, factors)
+    training.check_size(size, factors)
     tokens = [(size // factor) ** 2 for factor in factors]
     stride = config.position_stride or max(factors[1] // factors[0], 1)
     shift = config.shift or own_shift(spec, autoencoder, size)
@@ -587,7 +508,7 @@ def run(config: Config, out: Path, device: torch.device) -> None:
     distances["aligned"] = feature_distance(model, base, pictures, config, device)
 
     saved = out / "align.safetensors"
-    notes = header(config, "align", spec, config.autoencoder, model, shift, config.steps)
+    notes = training.header(config, "align", spec, config.autoencoder, model, shift, config.steps)
     training.save_last(saved, trained(model), notes)
     if training.rank() > 0:
         return

@@ -74,7 +74,7 @@ class Config:
     limit: float = 560.0  # seconds; what would start later is left out, and named
     baseline: str = ""  # diffusers: stock diffusers too, in the same run
     train: bool = False  # training steps instead, of DC-Gen at each of --sizes
-    batch: int = 4  # --train: pictures a GPU and step
+    train_batch: int = 4  # --train: pictures a GPU and step
     micro_batch: int = 2  # --train: pictures a GPU takes at once
     compile: bool = False  # --train: compiled blocks
     tune: bool = False  # attention: every tile size, not just the one in use
@@ -885,7 +885,7 @@ def measure_training(config: Config, zoo: Zoo, found: dict) -> None:
     """Steps of stages 2 and 3 of the full-size models, frozen weights in bf16."""
     rate = training.gemm_rate(zoo.device)
     found |= {"gpus": training.world(), "gemm_tflops": rate / 1e12, "train": []}
-    print(f"\n{training.world()} GPUs, each {config.batch} pictures a step, {config.micro_batch} at "
+    print(f"\n{training.world()} GPUs, each {config.train_batch} pictures a step, {config.micro_batch} at "
           f"once; plain bf16 products: {rate / 1e12:.0f} TFLOP/s a GPU")  # fmt: skip
     print(f"\n{'':29}{'trained':>9}{'s a step':>10}{'pictures/s':>12}{'TFLOP/s':>9}{'share':>7}"
           f"{'useful':>8}{'peak GiB':>10}")  # fmt: skip
@@ -907,7 +907,7 @@ def measure_training(config: Config, zoo: Zoo, found: dict) -> None:
 def training_row(config: Config, zoo: Zoo, case: Case, stage: str) -> dict:
     """Median of the steps after the first two; FLOP/s and memory are of one GPU."""
     script, cuda = {"align": align, "lora": lora}[stage], zoo.device.type == "cuda"
-    flags = dict(batch_size=config.batch * training.world(), micro_batch=config.micro_batch)
+    flags = dict(batch_size=config.train_batch * training.world(), micro_batch=config.micro_batch)
     flags |= dict(checkpointing=True, compile=config.compile, save_every=10**9)
     flags |= dict(rank=256, alpha=256.0) if stage == "lora" else {}
     options = script.Config(**flags)
@@ -924,7 +924,7 @@ def training_row(config: Config, zoo: Zoo, case: Case, stage: str) -> dict:
     seconds = training_steps(model, random_pictures(zoo, case), options, zoo.device)
     done = cost.forward + cost.backward
     recomputed = done + cost.forward
-    each = config.batch / seconds / 1e12
+    each = config.train_batch / seconds / 1e12
     return dict(
         stage=stage, model=case.name, size=case.size, seconds=seconds,
         trained=sum(p.numel() for p in align.trained(model).values()),

@@ -30,10 +30,8 @@ from align import (
     doors,
     draw_batch,
     flow_loss,
-    header,
     held_out_loss,
     open_source,
-    parts,
     prepare,
     preview,
     print_estimate,
@@ -45,6 +43,7 @@ from align import (
     watch,
 )  # fmt: skip
 from models import export, training, weights
+from models.data import parts
 from models.weights import UserError
 
 
@@ -300,7 +299,9 @@ def run(config: Config, spec: dict, out: Path, device: torch.device) -> None:
     curve = train(model, pictures, config, shift, device, out, draw)
 
     saved = out / "lora.safetensors"
-    notes = header(config, "lora", base_spec, spec["autoencoder"], model, shift, config.steps)
+    notes = training.header(
+        config, "lora", base_spec, spec["autoencoder"], model, shift, config.steps
+    )
     training.save_last(saved, trained(model), notes | {"alpha": str(config.alpha)})
     if training.rank() > 0:
         return

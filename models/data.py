@@ -20,9 +20,9 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -565,3 +565,65 @@ def encode_captions(
     training.wait_for_all()
     null = tuple(store.rows(keys[:1], str(i))[torch.tensor([0])] for i in range(2))
     return distinct, tuple(store.rows(keys[1:], str(i)) for i in range(2)), null
+
+
+def assemble(
+    source, captions: list[str], latents: list, words: tuple[list, tuple, tuple], guided: bool
+) -> Pictures:
+    """latents: (the base's and) the new ones; words: what encode_captions gives."""
+    distinct, cond, null_cond = words
+    index = {caption: i for i, caption in enumerate(distinct)}
+    return Pictures(
+        base_latents=latents[0] if len(latents) == 2 else None,
+        latents=latents[-1],
+        cond=cond,
+        caption=torch.tensor([index[caption] for caption in captions]),
+        null_cond=null_cond,
+        guided=guided,
+        sizes=tuple(getattr(source, "sizes", ())),
+        names=tuple(map(str, getattr(source, "files", ()))),
+        captions=tuple(distinct),
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    latents: Tensor  # (B, C, h, w)
+    noise: Tensor
+    timestep: Tensor  # (B,)
+    cond: tuple[Tensor, ...]
+    null_cond: tuple[Tensor, ...]
+    guidance: Tensor | None  # (B,), None if the model does not take it
+    rows: Tensor | None = None  # of the pictures, all processes' together
+
+    def part(self, rows: slice, device) -> "Batch":
+        def take(value):
+            if isinstance(value, tuple):
+                return tuple(map(take, value))
+            return value if value is None else value[rows].to(device)
+
+        taken = {f.name: take(getattr(self, f.name)) for f in fields(self) if f.name != "rows"}
+        return Batch(**taken, rows=self.rows)
+
+
+def parts(batch: Batch, size: int, device) -> Iterator[tuple[Batch, float]]:
+    """The batch in passes of `size` pictures (0: at once), and the weight of each one's loss."""
+    n = len(batch.noise)
+    for first in range(0, n, size or n):
+        part = batch.part(slice(first, first + (size or n)), device)
+        yield part, len(part.noise) / len(batch.rows)
+
+
+def example(model: nn.Module, height: int, width: int) -> Batch:
+    """One picture's batch on the meta device: shapes without values."""
+    config, channels = model.config, model.latent_channels
+    with torch.device("meta"):
+        latents = torch.empty(1, channels, height, width)
+        if "joint_attention_dim" in config:
+            text_cond = torch.empty(1, 512, config["joint_attention_dim"])
+            cond = (text_cond, torch.empty(1, config["pooled_projection_dim"]))
+        else:
+            text_cond = torch.empty(1, 300, config["caption_channels"])
+            cond = (text_cond, torch.empty(1, 300, dtype=torch.bool))
+        guidance = torch.empty(1) if "joint_attention_dim" in config else None
+        return Batch(latents, latents, torch.empty(1), cond, cond, guidance)

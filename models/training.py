@@ -17,6 +17,7 @@ import math
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -115,6 +116,16 @@ def total(value: float, device: torch.device) -> float:
 # ---- the run folder
 
 
+def check_size(size: int, factors: list[int]) -> None:
+    """UserError: a picture of this size is no whole number of tokens."""
+    for factor in factors:
+        if size % factor:
+            raise UserError(
+                f"--resolution {size} is no multiple of {factor}: "
+                f"try {size // factor * factor or factor}"
+            )
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One run a folder. The system drops the lock with the process, however that ends."""
@@ -190,6 +201,10 @@ class Run:
         self.stage, self.trained, self.optimizer = stage, trained, optimizer
         self.config, self.out, self.clip = config, out, clip
         self.device = next(iter(trained.values())).device
+        if config.batch_size < world():
+            raise UserError(
+                f"--batch-size {config.batch_size} on {world()} GPUs: wanted a picture for each"
+            )
         self.skipped, self.updates, self.bar = 0, 0, None
         self.average = {}
         self.first = self.resume()
@@ -353,6 +368,23 @@ def adamw(parameters: list[Tensor]) -> torch.optim.AdamW:
     """Fused where it is large: unfused, AdamW's temporaries are a copy of all that is trained."""
     is_large = sum(p.numel() for p in parameters) > 10**8 and parameters[0].is_cuda
     return torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0, fused=is_large)
+
+
+def header(
+    config, stage: str, spec: dict, autoencoder: str, model: nn.Module, shift: float, step: int
+) -> dict[str, str]:
+    """What makes a run loadable and repeatable, as a safetensors header holds it: strings."""
+    commit = subprocess.run(
+        ["git", "-C", str(weights.ROOT), "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+    )
+    facts = dict(
+        stage=stage, base=spec["transformer"], autoencoder=autoencoder, config=model.config,
+        shift=shift, seed=config.seed, step=step, command=asdict(config),
+        commit=commit.stdout.strip(), torch=torch.__version__,
+    )  # fmt: skip
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
 
 
 class Metrics:

@@ -201,7 +201,7 @@ def test_what_only_a_gpu_runs(measure):
 
 def test_training_steps_are_timed_and_counted(small, capsys):
     """The tokens are few here; the shares of a real GPU's rate come out of the same arithmetic."""
-    config, found = replace(CONFIG, models="flux", batch=2, micro_batch=1), {}
+    config, found = replace(CONFIG, models="flux", train_batch=2, micro_batch=1), {}
     bench.measure_training(config, small, found)
     rows = {row["stage"]: row for row in found["train"]}
     assert rows.keys() == {"align", "lora"} and rows["lora"]["trained"] > rows["align"]["trained"]
