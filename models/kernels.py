@@ -689,12 +689,14 @@ def in_one_plane(heads: Tensor) -> bool:
     return stacked and aligned and heads.stride()[1::2] == (head_dim, 1)
 
 
-HOPPER_TILE = (128, 128, 2, 8, None)  # BLOCK_M, BLOCK_N, stages, warps, registers at most
+# BLOCK_M, BLOCK_N, stages, warps, registers at most, warps have roles
+HOPPER_TILE = (128, 128, 2, 8, None, False)
+HOPPER_ROLES = (128, 128, 2, 4, 168, True)  # 12 warps in all: their roles share 168 x 384 registers
 
 
 def hopper_attention(q: Tensor, k: Tensor, v: Tensor, tile: tuple = HOPPER_TILE) -> Tensor:
     """sample.attention without a mask, where `hopper_takes`: at the rate of hand-written CUDA."""
-    block_m, block_n, stages, warps, registers = tile
+    block_m, block_n, stages, warps, registers, roles = tile
     (batch, heads, queries, head_dim), keys = q.shape, k.shape[2]
     out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -702,9 +704,10 @@ def hopper_attention(q: Tensor, k: Tensor, v: Tensor, tile: tuple = HOPPER_TILE)
         TiledDescriptor(
             t, [batch * t.shape[2], heads * head_dim], [t.stride(2), 1], [rows, head_dim], layout
         )
-        for t, rows in ((q, block_m), (k, block_n), (v, block_n))
+        for t, rows in ((q, block_m // 2 if roles else block_m), (k, block_n), (v, block_n))
     ]
-    hopper_attention_kernel[(triton.cdiv(queries, block_m), batch * heads)](
+    kernel = hopper_roles_kernel if roles else hopper_attention_kernel
+    kernel[(triton.cdiv(queries, block_m), batch * heads)](
         *planes, out, out.stride(0), out.stride(1), out.stride(2), queries, keys, heads,
         1.4426950408889634 * head_dim**-0.5, BLOCK_M=block_m, BLOCK_N=block_n, HEAD_DIM=head_dim,
         STAGES=stages, WARPS=warps, num_warps=warps, maxnreg=registers,
@@ -820,6 +823,126 @@ def hopper_attention_kernel(
     out += batch.to(gl.int64) * out_batch + head * out_head
     target = out + rows.to(gl.int64)[:, None] * out_row + columns[None, :]
     gl.store(target, result, (rows < queries)[:, None])
+
+
+@gluon_jit
+def hopper_roles_kernel(
+    q, k, v, out, out_batch, out_head, out_row, queries, keys, heads, scale,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
+    STAGES: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """The same with roles: one warp fetches, two warpgroups own half of the queries each.
+
+    They meet at no barrier of the block: a tile is `full` when the copy has arrived, and `empty`
+    when both have read it. What the fetching warp leaves of its registers the others get.
+    """
+    q_tiles = gl.allocate_shared_memory(q.dtype, [2, BLOCK_M // 2, HEAD_DIM], q.layout)
+    k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, BLOCK_N, HEAD_DIM], k.layout)
+    v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, BLOCK_N, HEAD_DIM], v.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_empty.index(i), count=2)
+
+    start = gl.program_id(0) * BLOCK_M
+    batch, head = gl.program_id(1) // heads, gl.program_id(1) % heads
+    column, blocks = head * HEAD_DIM, gl.cdiv(keys, BLOCK_N)
+    last = batch * keys + (blocks - 1) * BLOCK_N
+    out += batch.to(gl.int64) * out_batch + head * out_head
+    row = batch * queries + start
+    gl.warp_specialize(
+        [
+            (consume, (
+                0, out, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
+                out_row, start, queries, keys, blocks, scale, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES)),
+            (consume, (
+                1, out, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
+                out_row, start, queries, keys, blocks, scale, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES)),
+            (produce, (
+                q, k, v, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
+                row, last, column, blocks, BLOCK_M, BLOCK_N, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+@gluon_jit
+def produce(
+    q, k, v, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
+    q_row, last, column, blocks,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Fetch both tiles of queries, then keys and values into whatever is empty."""
+    for i in gl.static_range(2):
+        fetch(q, q_row + i * (BLOCK_M // 2), column, q_full.index(i), q_tiles.index(i), True)
+    for j in range(0, blocks):
+        slot, turn = j % STAGES, (j // STAGES) & 1
+        mbarrier.wait(k_empty.index(slot), turn ^ 1)  # at once in the first turn
+        fetch(k, last - j * BLOCK_N, column, k_full.index(slot), k_tiles.index(slot), True)
+        mbarrier.wait(v_empty.index(slot), turn ^ 1)
+        fetch(v, last - j * BLOCK_N, column, v_full.index(slot), v_tiles.index(slot), True)
+
+
+@gluon_jit
+def consume(
+    me: gl.constexpr, out, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
+    out_row, start, queries, keys, blocks, scale,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The loop of hopper_attention_kernel for one warpgroup and its half of the queries."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+    rows_here: gl.constexpr = BLOCK_M // 2
+    q_tile = q_tiles.index(me)
+    zeros = gl.zeros([rows_here, BLOCK_N], gl.float32, s_layout)
+    acc = gl.zeros([rows_here, HEAD_DIM], gl.float32, acc_layout)
+    top = gl.full([rows_here], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+    total = gl.zeros([rows_here], gl.float32, gl.SliceLayout(1, s_layout))
+
+    mbarrier.wait(q_full.index(me), 0)
+    mbarrier.wait(k_full.index(0), 0)
+    k_tile = k_tiles.index(0).permute((1, 0))
+    logits = warpgroup_mma(q_tile, k_tile, zeros, use_acc=False, is_async=True)
+    logits = warpgroup_mma_wait(0, deps=[logits])
+    mbarrier.arrive(k_empty.index(0), count=1)
+    keys_here = (blocks - 1) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
+    logits = gl.where((keys_here < keys)[None, :], logits, float("-inf"))
+    p, top, total, shrink = softmax_block(logits, scale, top, total)
+    p = gl.convert_layout(p.to(q_tiles.dtype), p_layout)
+    for j in range(1, blocks):
+        slot, v_slot = j % STAGES, (j - 1) % STAGES
+        mbarrier.wait(k_full.index(slot), (j // STAGES) & 1)
+        k_tile = k_tiles.index(slot).permute((1, 0))
+        logits_later = warpgroup_mma(q_tile, k_tile, zeros, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(v_slot), ((j - 1) // STAGES) & 1)
+        acc_later = warpgroup_mma(p, v_tiles.index(v_slot), acc, is_async=True)
+        logits = warpgroup_mma_wait(1, deps=[logits_later])
+        mbarrier.arrive(k_empty.index(slot), count=1)
+        next_p, top, total, shrink = softmax_block(logits, scale, top, total)
+        acc, p = warpgroup_mma_wait(0, deps=[acc_later, p])
+        mbarrier.arrive(v_empty.index(v_slot), count=1)
+        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc_layout))[:, None]
+        p = gl.convert_layout(next_p.to(q_tiles.dtype), p_layout)
+    v_slot = (blocks - 1) % STAGES
+    mbarrier.wait(v_full.index(v_slot), ((blocks - 1) // STAGES) & 1)
+    acc = warpgroup_mma(p, v_tiles.index(v_slot), acc, is_async=True)
+    acc, p = warpgroup_mma_wait(0, deps=[acc, p])
+
+    acc = acc / gl.convert_layout(total, gl.SliceLayout(1, acc_layout))[:, None]
+    rows = start + me * rows_here + gl.arange(0, rows_here, gl.SliceLayout(1, acc_layout))
+    columns = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, acc_layout))
+    target = out + rows.to(gl.int64)[:, None] * out_row + columns[None, :]
+    gl.store(target, acc.to(q_tiles.dtype), (rows < queries)[:, None])
 
 
 # ---- all of them

@@ -156,27 +156,34 @@ def test_it_compiles_for_hopper_and_blackwell_without_spilling(capsys):
         assert row["spilled"] <= 8  # a stack frame of 8 bytes is not a spill
 
 
+SCHEDULES = [kernels.HOPPER_TILE, kernels.HOPPER_ROLES]
+
+
 @pytest.mark.skipif(kernels.gluon is None, reason="needs Triton with Gluon")
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_the_hand_made_one_overlaps_products_and_softmax(dtype, capsys):
+def test_the_hand_made_ones_overlap_products_and_softmax(capsys):
     import aot
 
-    gl = kernels.gl
-    m, n, stages, warps, registers = kernels.HOPPER_TILE
-    layout = repr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
-    signature = {t: f"tensordesc<{dtype}[{r}, 128],{layout}>" for t, r in zip("qkv", (m, n, n))}
-    signature |= {"out": f"*{dtype}", "scale": "fp32"}
-    numbers = ("out_batch", "out_head", "out_row", "queries", "keys", "heads")
-    signature |= dict.fromkeys(numbers, "i32")
-    constants = dict(BLOCK_M=m, BLOCK_N=n, HEAD_DIM=128, STAGES=stages, WARPS=warps)
-    options = {"num_warps": warps, "maxnreg": registers}
-    job = ["models.kernels", "hopper_attention_kernel", signature, constants, options]
-    (row,) = aot.compile_all([job], (90,))
-    with capsys.disabled():
-        print(f"\n  hopper attention {dtype}: {row['registers']} registers", end="")
-    assert row["spilled"] == 0 and row["tma"] and "wgmma" in row["mma"][0]
-    # Of its four waits, the one for the logits of the loop leaves the other product running.
-    assert row["wait"] == ["0", "1", "0", "0"]
+    layout = kernels.gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    jobs = []
+    for m, n, stages, warps, registers, roles in SCHEDULES:
+        rows = {"q": m // 2 if roles else m, "k": n, "v": n}
+        signature = {t: f"tensordesc<bf16[{r}, 128],{layout!r}>" for t, r in rows.items()}
+        signature |= {"out": "*bf16", "scale": "fp32"}
+        numbers = ("out_batch", "out_head", "out_row", "queries", "keys", "heads")
+        signature |= dict.fromkeys(numbers, "i32")
+        constants = dict(BLOCK_M=m, BLOCK_N=n, HEAD_DIM=128, STAGES=stages, WARPS=warps)
+        name = "hopper_roles_kernel" if roles else "hopper_attention_kernel"
+        options = {"num_warps": warps, "maxnreg": registers}
+        jobs.append(["models.kernels", name, signature, constants, options])
+    for row in aot.compile_all(jobs, (90,)):
+        with capsys.disabled():
+            print(f"\n  {row['kernel']}: {row['registers']} registers", end="")
+        assert row["spilled"] == 0 and row["tma"] and "wgmma" in row["mma"][0]
+        # Of four waits, the one for the logits of the loop leaves the other product running. With
+        # roles the code is there twice, once for each warpgroup.
+        groups = len(row["wait"]) // 4
+        assert groups == 1 + ("roles" in row["kernel"])
+        assert sorted(row["wait"]) == ["0"] * 3 * groups + ["1"] * groups
 
 
 def test_which_layouts_the_hand_made_one_takes():
@@ -193,12 +200,13 @@ def test_which_layouts_the_hand_made_one_takes():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("queries, keys", [(1, 1), (128, 128), (130, 300), (1000, 129), (70, 1536)])
-def test_the_hand_made_one_is_the_twin(queries, keys, dim, dtype):
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["alike", "roles"])
+def test_the_hand_made_one_is_the_twin(schedule, queries, keys, dim, dtype):
     q, k, v = (heads(2, 3, n, dim, dtype, seed=n) for n in (queries, keys, keys))
     if not kernels.hopper_takes(q, k, v):
         pytest.skip("needs Hopper")
-    out = kernels.hopper_attention(q, k, v)
+    out = kernels.hopper_attention(q, k, v, schedule)
     expected = sample.attention(q.float(), k.float(), v.float())
     assert relative(out, expected) < TOLERANCE[dtype]
     for _ in range(20):  # a race would show as a moving result
-        assert torch.equal(kernels.hopper_attention(q, k, v), out)
+        assert torch.equal(kernels.hopper_attention(q, k, v, schedule), out)
