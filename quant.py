@@ -597,17 +597,22 @@ def widest_of(model: nn.Module) -> int:
 
 def check(config: Config, spec: dict, model: nn.Module, device: torch.device) -> None:
     """Refuse what cannot work before anything is computed."""
-    if config.rank < 0 or config.grid < 0 or config.tokens < 64 or config.pictures < 1:
-        raise UserError("--rank and --grid are 0 or more, --tokens 64, --pictures 1 or more")
+    least = dict(rank=0, grid=0, rounds=0, tokens=64, pictures=1, per_task=1)
+    low = [f"--{n.replace('_', '-')}" for n, limit in least.items() if getattr(config, n) < limit]
+    if low:
+        raise UserError(f"{', '.join(low)}: too low, the least are {least}")
+    if spec.get("stage") == "quant":
+        raise UserError(f"{config.model} is quantized already: name what it was made of")
     if config.format not in ("nvfp4", "fp8"):
         raise UserError(f"--format {config.format!r}: wanted nvfp4 or fp8")
     if config.scales not in ("mse", "amax"):
         raise UserError(f"--scales {config.scales!r}: wanted mse or amax")
     nvfp4.pick_mode(config.mode, device)
-    if spec["text"] != "toy" and not config.calib:
+    is_toy = spec["text"] == "toy"
+    if not Path(config.calib).is_file() and (config.calib or not is_toy):
         raise UserError(
-            f"calibration needs prompts: --calib FILE, a prompt a line, {PROMPTS} or more like "
-            f"those that the model will be asked for"
+            f"--calib {config.calib!r} is no file: calibration needs prompts, a line each, "
+            f"{PROMPTS} or more like those that the model will be asked for"
         )
     if config.gptq and config.tokens < gptq_tokens(widest_of(model)):
         raise UserError(

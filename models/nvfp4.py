@@ -223,10 +223,11 @@ def quantize_kernel(
             largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
         else:
             blocks = x.reshape(BLOCK_M, BLOCK_K // 16, 16)
-            scale = to_e4m3(tl.minimum(tl.max(tl.abs(blocks), 2) / 6.0, 448.0))
+            unit = tl.div_rn(tl.max(tl.abs(blocks), 2), 6.0)  # as PyTorch divides: ties decide
+            scale = to_e4m3(tl.minimum(unit, 448.0))
             decode = scale.to(tl.float32)
             decode = tl.where(decode == 0.0, float("inf"), decode)  # a block of zeros
-            codes = e2m1_codes(blocks / decode[:, :, None])
+            codes = e2m1_codes(tl.div_rn(blocks, decode[:, :, None]))
             even, odd = tl.split(codes.reshape(BLOCK_M, BLOCK_K // 2, 2))
             packed = (even | (odd << 4)).to(tl.uint8)
             tl.store(data + row64 * (groups * 8) + start // 2 + pair, packed, in_rows)
@@ -241,7 +242,7 @@ def quantize_kernel(
             column = start + tl.arange(0, BLOCK_K)
             x = tl.load(hidden + row64 * hidden_stride + column, in_rows & (column < K), 0.0)
             x = x.to(tl.float32) * tl.load(smooth + column, column < K, 0.0).to(tl.float32)
-            x = tl.minimum(tl.maximum(x / scale[:, None], -448.0), 448.0)
+            x = tl.minimum(tl.maximum(tl.div_rn(x, scale[:, None]), -448.0), 448.0)
             even, odd = tl.split(to_e4m3(x).reshape(BLOCK_M, BLOCK_K // 2, 2))
             place = data + row64 * padded + start // 2 + pair
             tl.store(place, even, in_rows)

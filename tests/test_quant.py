@@ -342,6 +342,26 @@ def test_lora_of_another_model_is_refused(tmp_path):
             quant.check(config, {"text": "toy"}, tiny_flux(), CPU)
 
 
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (dict(rank=-1), "--rank: too low"),
+        (dict(tokens=8, per_task=0), "--tokens, --per-task: too low"),
+        (dict(format="int4"), "wanted nvfp4 or fp8"),
+        (dict(scales="max"), "wanted mse or amax"),
+        (dict(calib="nowhere.txt"), "calibration needs prompts"),
+        (dict(mode="w4a4"), "w4a4 needs FP4 tensor cores"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_a_sentence(wrong, words):
+    with pytest.raises(UserError, match=words):
+        quant.check(replace(SMALL, **wrong), {"text": "toy"}, tiny_flux(), CPU)
+    with pytest.raises(UserError, match="calibration needs prompts"):
+        quant.check(SMALL, {"text": "flux"}, tiny_flux(), CPU)
+    with pytest.raises(UserError, match="quantized already"):
+        quant.check(SMALL, {"text": "toy", "stage": "quant"}, tiny_flux(), CPU)
+
+
 def test_the_ladder_leaves_out_gptq_without_inputs_enough():
     full = ["NVFP4", "+ smoothing", "+ low rank", "+ block scales", "+ GPTQ"]
     assert list(quant.rungs(replace(SMALL, tokens=320), 120)) == full
