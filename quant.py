@@ -41,7 +41,6 @@ from tqdm import tqdm
 
 import dcae
 import sample
-from align import header
 from models import kernels, nvfp4, text, toy, weights
 from models.flux import Flux
 from models.nvfp4 import (
@@ -60,6 +59,7 @@ from models.nvfp4 import (
     use,
 )
 from models.sana import Sana
+from models.training import header
 from models.weights import UserError
 
 
