@@ -184,6 +184,7 @@ class Zoo:
     def __init__(self, device: torch.device, dtype: torch.dtype, limit: float):
         self.device, self.dtype, self.kept = device, dtype, {}
         self.deadline, self.left_out = time.perf_counter() + limit, []
+        self.drawn = 0
 
     def late(self, label: str) -> bool:
         """Is the time spent? Then what would have come is noted."""
@@ -226,8 +227,9 @@ class Zoo:
         return noise, (cond, mask), 4.5, (null, mask)
 
     def random(self, *shape: int) -> Tensor:
-        generator = torch.Generator("cpu").manual_seed(1)
-        return torch.randn(shape, generator=generator).to(self.device, self.dtype)
+        self.drawn += 1  # another seed each time: equal q and k would be no attention
+        generator = torch.Generator(self.device).manual_seed(self.drawn)
+        return torch.randn(shape, generator=generator, device=self.device).to(self.dtype)
 
 
 # ---- measure
@@ -621,10 +623,11 @@ def measure_pictures(config: Config, zoo: Zoo, found: dict) -> None:
             base = next(
                 (c for c in CASES if (c.family, c.size, c.base) == (case.family, case.size, True))
             )
-            over = rows.get(f"{base.name} {base.size}", {}).get("seconds", math.nan) / seconds
+            over = ratio(rows.get(f"{base.name} {base.size}", {}).get("seconds"), seconds)
             paper = f"{case.paper:10.2f}{base.paper / case.paper:7.1f}" if case.paper else ""
             print(
-                f"{label:27}{'' if measured else '~'}{seconds:9.3f}{over:7.1f}{paper}", flush=True
+                f"{label:27}{'' if measured else '~'}{seconds:9.3f}{over or 0:7.1f}{paper}",
+                flush=True,
             )
             rows[label] = {"seconds": seconds, "measured": measured, "over_base": over,
                            "paper": case.paper}  # fmt: skip
@@ -676,11 +679,15 @@ def measure_throughput(config: Config, zoo: Zoo, found: dict) -> None:
         model, autoencoder = zoo.transformer(case), zoo.autoencoder(case)
         seconds, measured = picture_seconds(case, model, autoencoder, config, zoo, config.batch)
         rate, base = 60 * config.batch / seconds, base_of(case)
-        over = rate / rows.get(f"{base.name} {base.size}", {}).get("a_minute", math.nan)
+        over = ratio(rate, rows.get(f"{base.name} {base.size}", {"a_minute": rate})["a_minute"])
         rows[label] = {"a_minute": rate, "over_base": over, "paper": case.paper_rate}
         paper = f"{case.paper_rate:10.1f}{case.paper_rate / base.paper_rate:7.1f}"
         print(f"{label:27}{'' if measured else '~'}{rate:10.1f}{over:7.1f}{paper}", flush=True)
     zoo.kept = {}
+
+
+def ratio(value: float | None, unit: float) -> float | None:
+    return value / unit if value else None
 
 
 def base_of(case: Case) -> Case:

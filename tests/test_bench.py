@@ -105,6 +105,7 @@ def test_every_part_that_a_cpu_can_run_fills_its_table(small, capsys):
     assert len(found["decode"]) == 3 and all(row["ms"] > 0 for row in found["decode"].values())
     row = found["picture"]["DC-Gen-FLUX 1024"]
     assert row["measured"] and row["paper"] == 1.0
+    assert found["picture"]["FLUX 1024"]["over_base"] is None  # it is the base
     base = found["picture"]["FLUX 1024"]["seconds"]
     assert row["over_base"] == pytest.approx(base / row["seconds"])
     json.dumps(found)
