@@ -260,34 +260,32 @@ def feature_distance(
     The base's are averaged over those that one new token covers, as in eq. (1). Both see the clean
     latents of the same picture (t = 0): the paper's figure for what alignment does.
     """
-    sums = None
-    rows = pictures.held_out[0][:n]
+    rows, total = pictures.held_out[0][:n], 0.0
     for row in rows.split(1):
-        features = []
-        for network, latents in ((base, pictures.base_latents), (model, pictures.latents)):
-            latents = latents[row].float().to(device)
-            cond = [c[pictures.caption[row]].to(device) for c in pictures.cond]
-            scale = [torch.ones(1, device=device)] if pictures.guided else []
-            grid = [side // network.patch_size for side in latents.shape[2:]]
-            with training.autocast(network, device):
-                kept = image_tokens(network, latents, cond, scale, math.prod(grid))
-            features.append([tokens.mT.unflatten(2, grid) for tokens in kept])  # (1, D, h, w)
-        distances = torch.stack(
-            [F.mse_loss(F.adaptive_avg_pool2d(b, m.shape[2:]), m) for b, m in zip(*features)]
+        latents = pictures.latents[row].float().to(device)
+        base_latents = pictures.base_latents[row].float().to(device)
+        cond = [c[pictures.caption[row]].to(device) for c in pictures.cond]
+        cond += [torch.ones(1, device=device)] if pictures.guided else []
+        ours, theirs = (
+            features(network, z, cond, latents.shape[2:])
+            for network, z in ((model, latents), (base, base_latents))
         )
-        sums = distances if sums is None else sums + distances
-    return (sums / len(rows)).tolist()
+        total = total + torch.stack([F.mse_loss(a, b) for a, b in zip(ours, theirs)])
+    return (total / len(rows)).tolist()
 
 
-def image_tokens(model: nn.Module, latents: Tensor, cond: list, scale: list, n: int) -> list:
-    """(1, N, D) after each block, in fp32. FLUX's single blocks have the text in front."""
-    kept = []
+def features(model: nn.Module, latents: Tensor, cond: list, size: torch.Size) -> list[Tensor]:
+    """(1, D, h, w) of the image tokens after each block, averaged to this size, in fp32."""
+    grid, kept = [side // model.patch_size for side in latents.shape[2:]], []
 
     def keep(_block, _inputs, out) -> None:
-        kept.append((out[0] if isinstance(out, tuple) else out)[:, -n:].float())
+        # FLUX's double blocks return (image, text), its single blocks have the text in front.
+        tokens = (out[0] if isinstance(out, tuple) else out)[:, -math.prod(grid) :]
+        kept.append(F.adaptive_avg_pool2d(tokens.float().mT.unflatten(2, grid), size))
 
     hooks = [block.register_forward_hook(keep) for block in blocks(model)]
-    model(latents, torch.zeros(1, device=latents.device), *cond, *scale)
+    with training.autocast(model, latents.device):
+        model(latents, torch.zeros(1, device=latents.device), *cond)
     for hook in hooks:
         hook.remove()
     return kept
@@ -315,30 +313,32 @@ def train_embedder(
     share = slice(training.rank(), None, training.world())
     for step in run.steps(config.embed_steps):
         generator = torch.Generator("cpu").manual_seed(config.seed * 1_000_003 + step)
-        rows = pictures.draw(config.embed_batch, generator)[share]
-        latents = pictures.latents[rows].float().to(device)
-        base_latents = pictures.base_latents[rows].float().to(device)
-
-        loss, _ = alignment_loss(model, base, latents, base_latents)  # eq. (1)
-        loss = loss * (len(rows) / config.embed_batch)
-        loss.backward()
-        run.update(loss.detach(), cosine(step, config.embed_steps, config.embed_lr))
+        rows = pictures.draw(config.embed_batch, generator)
+        loss = torch.zeros((), device=device)
+        for part in rows[share].split(config.micro_batch or len(rows)):
+            latents = pictures.latents[part].float().to(device)
+            base_latents = pictures.base_latents[part].float().to(device)
+            part_loss, _ = alignment_loss(model, base, latents, base_latents)  # eq. (1)
+            part_loss = part_loss * (len(part) / len(rows))
+            part_loss.backward()
+            loss += part_loss.detach()
+        lr = cosine(step, config.embed_steps, config.embed_lr)
+        run.update(loss, lr, pictures.names_of(rows))
     run.done()
-    return explained(model, base, pictures, device)
+    return explained(model, base, pictures, config, device)
 
 
 @torch.no_grad()
-def explained(model: nn.Module, base: nn.Module, pictures: Pictures, device) -> float:
+def explained(model: nn.Module, base: nn.Module, pictures: Pictures, config, device) -> float:
     """1 - eq. (1) / its target's variance, on the pictures held out."""
     losses, variances = 0.0, 0.0
     for rows in pictures.held_out:
-        latents = pictures.latents[rows].float().to(device)
-        base_latents = pictures.base_latents[rows].float().to(device)
-        loss, variance = alignment_loss(model, base, latents, base_latents)
-        losses, variances = (
-            losses + loss.item() * len(rows),
-            variances + variance.item() * len(rows),
-        )
+        for part in rows.split(config.micro_batch or len(rows)):
+            latents = pictures.latents[part].float().to(device)
+            base_latents = pictures.base_latents[part].float().to(device)
+            loss, variance = alignment_loss(model, base, latents, base_latents)
+            losses += loss.item() * len(part)
+            variances += variance.item() * len(part)
     return 1 - losses / variances
 
 
