@@ -351,6 +351,8 @@ def train_doors(
     for step in run.steps(config.steps):
         if watch and config.preview_every and step % config.preview_every == 0:
             watch(run, step)
+            loss = held_out_loss(model, pictures, config, shift, device)
+            run.metrics.add(step, held_out=loss)
         batch = draw_batch(pictures, config, shift, step, "cpu")
         loss = torch.zeros((), device=device)
         for part, share in parts(batch, config.micro_batch, device):

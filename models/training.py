@@ -69,7 +69,8 @@ def start(name: str) -> torch.device:
         torch.cuda.set_device(device)
     # The others wait while the first one scans a large folder, or draws the last pictures.
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=12))
+    bound = device if device.type == "cuda" else None
+    dist.init_process_group(backend, timeout=timedelta(hours=12), device_id=bound)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for the rest of the process
     return device

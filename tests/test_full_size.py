@@ -1,13 +1,19 @@
 """The 12B model at full size, on a GPU: python -m pytest -s tests/test_full_size.py for times."""
 
 import json
+import math
+import sys
 import time
 from functools import partial
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+import align
+import dcae
+import lora
 import quant
 from models import kernels, nvfp4, weights
 from models.flux import Flux, name_rows
@@ -218,3 +224,91 @@ def test_quantized_layers_of_flux_are_right_and_timed(tokens, k, n, rank):
         times |= tile_times(hidden, layer)
     row = "  ".join(f"{name} {time:.3f}" for name, time in times.items())
     print(f"\n{mode} {tokens} x {k} x {n}, rank {rank}, ms: {row}")
+
+
+def write_pipeline(folder, transformer) -> None:
+    """A FLUX pipeline around `transformer`(folder): encoders of full width and few layers."""
+    from test_text import tiny_tokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    clip = CLIPTextConfig(
+        vocab_size=30, hidden_size=768, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=77,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    t5 = T5Config(
+        vocab_size=30, d_model=4096, d_kv=8, d_ff=64, num_layers=1, num_heads=4,
+        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    CLIPTextModel(clip).save_pretrained(folder / "text_encoder")
+    T5EncoderModel(t5).save_pretrained(folder / "text_encoder_2")
+    tiny_tokenizer("<bos>", 77).save_pretrained(folder / "tokenizer")
+    tiny_tokenizer(None, 512).save_pretrained(folder / "tokenizer_2")
+    weights.save(folder / "vae" / "ae.safetensors", FluxVAE().state_dict(), {})
+    (folder / "transformer").mkdir()
+    transformer(folder / "transformer")
+    (folder / "scheduler").mkdir()
+    kinds = {
+        "transformer": "FluxTransformer2DModel",
+        "scheduler": "FlowMatchEulerDiscreteScheduler",
+    }
+    schedule = {"_class_name": kinds["scheduler"], "use_dynamic_shifting": True, "shift": 3.0}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule))
+    index = {name: ["diffusers", kind] for name, kind in kinds.items()}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"} | index))
+
+
+def write_pictures(folder, size: int, n: int = 24) -> None:
+    folder.mkdir()
+    for i in range(n):
+        pixels = torch.randint(256, (8, 8, 3), generator=torch.Generator().manual_seed(i))
+        picture = Image.fromarray(pixels.to(torch.uint8).numpy())
+        picture.resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"coloured clouds, number {i}")
+
+
+def write_autoencoder(folder, preset: str) -> None:
+    config = dcae.PRESETS[preset]["config"]
+    weights.save(folder / "model.safetensors", dcae.DCAE(**config).state_dict(), {})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def run_script(script, monkeypatch, capsys, *flags) -> dict:
+    monkeypatch.setattr(sys, "argv", ["x.py", *map(str, flags)])
+    script.main()
+    out = capsys.readouterr().out
+    print(out)
+    return json.loads(out.splitlines()[-1])
+
+
+SIZES = [(1024, "dc-ae-f32c32-sana-1.1"), (4096, "dc-ae-f64c128-1.5")]
+
+
+@pytest.mark.parametrize(("size", "autoencoder"), SIZES)
+def test_both_stages_train_flux_within_80_gib(tmp_path, monkeypatch, capsys, size, autoencoder):
+    """The two commands as a user gives them, a few steps of each; random weights and pictures."""
+    train_both(tmp_path, monkeypatch, capsys, size, autoencoder, write_random_flux)
+
+
+def train_both(folder, monkeypatch, capsys, size: int, autoencoder: str, transformer) -> None:
+    write_pipeline(folder / "flux", transformer)
+    write_autoencoder(folder / "ae", autoencoder)
+    write_pictures(folder / "pictures", size)
+    flags = ["--model", folder / "flux", "--data", folder / "pictures", "--out", folder / "run"]
+    flags += ["--resolution", size, "--steps", 4, "--batch-size", 4, "--preview-every", 0]
+    doors = ["--autoencoder", folder / "ae", "--embed-steps", 4, "--embed-batch", 8]
+    for script, more in ((align, doors), (lora, [])):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        run_script(script, monkeypatch, capsys, *flags, *more)
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+        rows = [row for row in map(json.loads, lines) if "loss" in row]
+        seconds = [row["seconds"] for row in rows][-3:]
+        print(
+            f"\n{script.__name__} at {size}: {min(seconds):.2f} s a step of 4, peak "
+            f"{peak / GIB:.1f} GiB, all of it {time.perf_counter() - start:.0f} s"
+        )
+        assert all(math.isfinite(row["loss"]) for row in rows) and peak < 80 * GIB
