@@ -226,8 +226,8 @@ class Run:
                 self.step, self.started = step, time.perf_counter()
                 yield step
                 number = stop.asked(self.device)
-                if number or (step + 1) % self.config.save_every == 0:
-                    self.save(step + 1)
+                if number or (step + 1) % self.config.save_every == 0 or step + 1 == last:
+                    self.save(step + 1)  # the last one too: what follows may be interrupted
                 if number:
                     self.bar.close()
                     again = f"step {step + 1} of {last} is saved: the same command goes on"
