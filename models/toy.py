@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from dcae import DCAE
 from models import weights
-from models.flux import Flux
+from models.flux import Flux, sinusoid
 from models.text import ToyText
 from models.vae import FluxVAE
 from sample import draw_noise, sample, timesteps
@@ -103,7 +103,7 @@ def draw_scenes(n: int, seed: int, held_out: bool = True) -> Scenes:
     gets the number of objects wrong (two in five prompts failed after 75 M samples).
     """
     rng = np.random.default_rng(seed)
-    kind = rng.choice(5, n, p=[0.16, 0.20, 0.30, 0.26, 0.08])
+    kind = rng.choice(5, n, p=[0.18, 0.15, 0.24, 0.37, 0.06])
     count = np.choose(kind, [1, rng.integers(2, 4, n), 2, 2, 3])
     shape, color = draw_identities(rng, n, kind)
     banned = np.zeros((len(COLOR_NAMES), len(SHAPES)), bool)
@@ -171,7 +171,7 @@ def well_placed(x, y, radius, count, kind) -> np.ndarray:
 def captions(scenes: Scenes, seed: int, held_out: bool = True) -> list[str]:
     """One caption a scene. Colours, sizes and the background are sometimes left unsaid."""
     rng = np.random.default_rng(seed)
-    plain, swap = rng.random(len(scenes)) < 0.2, rng.random(len(scenes)) < 0.5
+    plain, swap = rng.random(len(scenes)) < 0.6, rng.random(len(scenes)) < 0.5
     sized, placed = rng.random(len(scenes)) < 0.3, rng.random(len(scenes)) < 0.3
     large = scenes.radius > 19
     background = list(BACKGROUNDS)
@@ -565,7 +565,7 @@ def train(
     device = params[0].device
     gradient = torch.zeros(sum(p.numel() for p in params), device=device)
     for p, view in zip(params, gradient.split([p.numel() for p in params])):
-        p.grad = view.view_as(p)
+        p.grad = view.as_strided(p.shape, p.stride())  # channels_last where the weight is
     rate, newest = torch.tensor(0.0, device=device), torch.tensor(0.0, device=device)
     mean_loss = torch.zeros((), device=device)
     optimizer = torch.optim.AdamW(
@@ -574,7 +574,9 @@ def train(
 
     def differentiate():
         gradient.zero_()
-        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+        with torch.autocast(
+            device.type, torch.bfloat16, device.type == "cuda", cache_enabled=False
+        ):
             loss = loss_fn()
         loss.backward()
         mean_loss.lerp_(loss.detach().float(), 0.01)
@@ -726,7 +728,7 @@ def encode_scenes(autoencoder, text, n: int) -> Captioned:
     scenes = draw_scenes(n, seed)
     device = next(autoencoder.parameters()).device
     draw, encode, latents = compiled(render), compiled(autoencoder.encode), []
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, device.type == "cuda"):
         for i in range(0, n, 1000):
             images = draw(on_device(scenes[np.arange(i, min(i + 1000, n))], device))[0]
             latents.append(encode(images).bfloat16())
@@ -751,9 +753,17 @@ def train_base(flux, text, scenes: Captioned, seconds: float, batch: int, lr: fl
 
 
 def distill_guidance(flux, text, scenes: Captioned, seconds: float, batch: int, lr: float):
-    """v(text, g) learns to be the teacher's v(null) + g (v(text) - v(null)), g in [1, 5]."""
+    """v(text, g) learns to be the teacher's v(null) + g (v(text) - v(null)), g in [1, 5].
+
+    It starts deaf to g: what the guidance embedder says at 1, the only value the teacher was given,
+    it says at all. Errors count relative to g, or the largest would drown the others.
+    """
     teach = reader(copy.deepcopy(flux), text.requires_grad_(False))
     run, one = reader(flux, text), torch.ones(batch, device=scenes.null.device)
+    with torch.no_grad():
+        last = flux.guidance_in.out_layer
+        last.bias.copy_(flux.guidance_in(sinusoid(one[:1]))[0])
+        last.weight.zero_()
     null = scenes.null.expand(batch, -1)
 
     def loss_fn():
@@ -763,7 +773,8 @@ def distill_guidance(flux, text, scenes: Captioned, seconds: float, batch: int, 
             with_text = teach(noisy, timestep, words, one)
             without = teach(noisy, timestep, null, one)
             target = without + g[:, None, None, None] * (with_text - without)
-        return F.mse_loss(run(noisy, timestep, words, g), target)
+        error = run(noisy, timestep, words, g) - target
+        return (error / g[:, None, None, None]).square().mean()
 
     return train(loss_fn, [flux], seconds, lr, "distil")[0]
 
@@ -852,6 +863,7 @@ def main() -> None:
         "--last-seconds", type=float, default=50,
         help="then: autoencoders train the decoder alone, flux distils guidance",
     )  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="flux: go on from what is in --out")
     parser.add_argument("--scenes", type=int, default=400_000, help="for flux, on each GPU")
     parser.add_argument("--per-task", type=int, default=50, help="prompts of each task to score by")
     parser.add_argument("--out", type=Path, default=HERE)
@@ -876,8 +888,13 @@ def make_base(args) -> None:
     device = weights.pick_device()
     autoencoder = FluxVAE.from_pretrained(args.out / "flux-vae.safetensors", device)
     flux, text = Flux(**CONFIGS["flux"]).to(device), ToyText(**CONFIGS["text"]).to(device)
+    if args.resume:
+        for name, module in (("flux", flux), ("text", text)):
+            trained = type(module).from_pretrained(args.out / f"{name}.safetensors", device)
+            module.load_state_dict(trained.state_dict())
     scenes = encode_scenes(autoencoder, text, args.scenes)
-    flux, text = train_base(flux, text, scenes, args.seconds, args.batch, args.lr)
+    if args.seconds:
+        flux, text = train_base(flux, text, scenes, args.seconds, args.batch, args.lr)
     for distilled in (False, True):  # kept before distillation too, should that be cut short
         if distilled:
             flux = distill_guidance(flux, text, scenes, args.last_seconds, args.batch, args.lr / 3)
