@@ -50,7 +50,7 @@ class Config(training.Options):
     resolution: int = 0  # pixels, height = width; 0: the model's own
     scenes: int = 3072  # toy pictures to draw when there is no data
     embed_steps: int = 400  # stage 1
-    embed_lr: float = 3e-3  # cosine to zero, as below
+    embed_lr: float = 3e-2  # cosine to zero, as below
     embed_batch: int = 256  # no block runs in stage 1, so a batch costs next to nothing
     steps: int = 200  # stage 2
     lr: float = 3e-3
