@@ -990,8 +990,7 @@ def training_steps(
 def about(device: torch.device) -> dict:
     """What the figures were measured on, and of which commit."""
     facts = {"torch": torch.__version__, "triton": getattr(kernels.triton, "__version__", None)}
-    git = ["git", "-C", str(weights.ROOT), "rev-parse", "--short", "HEAD"]
-    facts["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    facts["commit"] = training.commit() or None
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from models import kernels, weights
 from models.flux import Flux
-from models.kernels import EMULATED, jit, tl, to_e4m3, triton
+from models.kernels import E4M3_MAX, EMULATED, jit, tl, to_e4m3, triton
 from models.sana import Sana
 from models.weights import UserError
 
@@ -35,7 +35,7 @@ from models.weights import UserError
 
 BLOCK = 16  # neighbours that share a scale
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # codes 0..7; 8..15 are their negatives
-E2M1_MAX, E4M3_MAX = 6.0, 448.0
+E2M1_MAX = 6.0
 
 
 def round_e2m1(x: Tensor) -> Tensor:

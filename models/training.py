@@ -371,19 +371,20 @@ def adamw(parameters: list[Tensor]) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0, fused=is_large)
 
 
+def commit() -> str:
+    """Of this code; "" outside of a git clone."""
+    git = ["git", "-C", str(weights.ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+
+
 def header(
     config, stage: str, spec: dict, autoencoder: str, model: nn.Module, shift: float, step: int
 ) -> dict[str, str]:
     """What makes a run loadable and repeatable, as a safetensors header holds it: strings."""
-    commit = subprocess.run(
-        ["git", "-C", str(weights.ROOT), "rev-parse", "--short", "HEAD"],
-        capture_output=True,
-        text=True,
-    )
     facts = dict(
         stage=stage, base=spec["transformer"], autoencoder=autoencoder, config=model.config,
         shift=shift, seed=config.seed, step=step, command=asdict(config),
-        commit=commit.stdout.strip(), torch=torch.__version__,
+        commit=commit(), torch=torch.__version__,
     )  # fmt: skip
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}
 
