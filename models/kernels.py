@@ -690,7 +690,7 @@ def in_one_plane(heads: Tensor) -> bool:
 
 
 # BLOCK_M, BLOCK_N, stages, warps, registers at most, warps have roles
-HOPPER_TILE = (128, 128, 2, 8, None, False)
+HOPPER_TILE = (128, 128, 2, 4, 168, True)
 HOPPER_ROLES = (128, 128, 2, 4, 168, True)  # 12 warps in all: their roles share 168 x 384 registers
 
 
