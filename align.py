@@ -26,6 +26,7 @@ Differs Stage 1 sees clean latents only: with independent noise on both sides (1
 import copy
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -177,6 +178,11 @@ def transplant(base: nn.Module, latent_channels: int, position_stride: int) -> n
     return model
 
 
+def tokens_covered(base: nn.Module, old: nn.Module, new: nn.Module) -> int:
+    """Base tokens a side that one token of the new autoencoder covers."""
+    return max(new.stride // (old.stride * base.patch_size), 1)
+
+
 def embedder_name(model: nn.Module) -> str:
     return "img_in" if isinstance(model, Flux) else "x_embedder"
 
@@ -308,7 +314,7 @@ def train_embedder(
 ) -> float:
     """Stage 1. Returns the share of the pooled base embedding's variance that is explained."""
     parameters = {f"{embedder_name(model)}.{n}": p for n, p in embedder(model).named_parameters()}
-    optimizer = training.adamw([*parameters.values()])
+    optimizer = training.adamw([{"params": [*parameters.values()]}])
     run = training.Run("align-1", parameters, optimizer, config, out)
     share = slice(training.rank(), None, training.world())
     for step in run.steps(config.embed_steps):
@@ -342,24 +348,45 @@ def explained(model: nn.Module, base: nn.Module, pictures: Pictures, config, dev
     return 1 - losses / variances
 
 
+def passes(model: nn.Module, config, recover: bool, device) -> Callable[[Batch], Tensor]:
+    """A function of a batch: adds to the gradients, and returns this process's share of its loss.
+
+    Forward and backward are two passes; with --micro-batch they are several times two.
+    """
+
+    def forward_and_backward(part: Batch, share: float) -> Tensor:
+        with training.autocast(model, device, on=device.type == "cuda"):
+            loss = share * flow_loss(model, part, recover)  # eq. (2), (3)
+        loss.backward()
+        return loss.detach()
+
+    if config.graph and device.type == "cuda":
+        forward_and_backward = training.replayed(forward_and_backward, model)
+
+    def whole(batch: Batch) -> Tensor:
+        loss = torch.zeros((), device=device)
+        for part, share in parts(batch, config.micro_batch, device):
+            loss += forward_and_backward(part, share)
+        return loss
+
+    return whole
+
+
 def train_doors(
     model: nn.Module, pictures: Pictures, config, shift: float, device, out: Path, watch=None
 ) -> None:
     """Stage 2: embedder and head by flow matching, through the frozen blocks."""
-    optimizer = training.adamw([*trained(model).values()])
+    optimizer = training.adamw([{"params": [*trained(model).values()]}])
     run = training.Run("align-2", trained(model), optimizer, config, out, clip=1.0)
+    add_gradients = passes(model, config, takes_guidance(model), device)
+    draw = data.ahead(lambda step: draw_batch(pictures, config, shift, step, "cpu"), device)
     for step in run.steps(config.steps):
         if watch and config.preview_every and step % config.preview_every == 0:
             watch(run, step)
             loss = held_out_loss(model, pictures, config, shift, device)
             run.metrics.add(step, held_out=loss)
-        batch = draw_batch(pictures, config, shift, step, "cpu")
-        loss = torch.zeros((), device=device)
-        for part, share in parts(batch, config.micro_batch, device):
-            with training.autocast(model, device, on=device.type == "cuda"):
-                part_loss = share * flow_loss(model, part, takes_guidance(model))  # eq. (2), (3)
-            part_loss.backward()
-            loss += part_loss.detach()
+        batch = draw(step)
+        loss = add_gradients(batch)
         run.update(loss, cosine(step, config.steps, config.lr), pictures.names_of(batch.rows))
     run.done()
 
@@ -475,7 +502,7 @@ def run(config: Config, out: Path, device: torch.device) -> None:
     factors = [base_autoencoder.stride * base.patch_size, autoencoder.stride]
     training.check_size(size, factors)
     tokens = [(size // factor) ** 2 for factor in factors]
-    stride = config.position_stride or max(factors[1] // factors[0], 1)
+    stride = config.position_stride or tokens_covered(base, base_autoencoder, autoencoder)
     shift = config.shift or own_shift(spec, autoencoder, size)
     if not is_toy:
         grid = (size // factors[1], size // factors[1])

@@ -47,7 +47,7 @@ import dcae
 import lora
 import sample
 from models import flux, kernels, sana, training, vae, weights
-from models.data import Pictures
+from models.data import Pictures, ahead
 from models.weights import UserError
 
 PARTS = (
@@ -968,17 +968,12 @@ def training_steps(
     """Seconds of a step: the loop of align.py and lora.py, without their reports."""
     trained = align.trained(model)
     with tempfile.TemporaryDirectory() as folder:
-        optimizer = training.adamw([*trained.values()])
+        optimizer = training.adamw([{"params": [*trained.values()]}])
         run = training.Run("bench", trained, optimizer, options, Path(folder), clip=1.0)
+        add_gradients = align.passes(model, options, align.takes_guidance(model), device)
+        draw = ahead(lambda step: align.draw_batch(pictures, options, 3.0, step, "cpu"), device)
         for step in run.steps(steps + 1):  # one more, which is not reached: it would be saved
-            batch = align.draw_batch(pictures, options, 3.0, step, "cpu")
-            loss = torch.zeros((), device=device)
-            for part, share in align.parts(batch, options.micro_batch, device):
-                with training.autocast(model, device, on=True):
-                    part_loss = share * align.flow_loss(model, part, align.takes_guidance(model))
-                part_loss.backward()
-                loss += part_loss.detach()
-            run.update(loss, 1e-5)
+            run.update(add_gradients(draw(step)), 1e-5)
             if step + 1 == steps:
                 break
         return statistics.median(row["seconds"] for row in run.metrics.rows[2:])

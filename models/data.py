@@ -605,6 +605,21 @@ class Batch:
         taken = {f.name: take(getattr(self, f.name)) for f in fields(self) if f.name != "rows"}
         return Batch(**taken, rows=self.rows)
 
+    def tensors(self) -> list[Tensor]:
+        """All that a pass reads."""
+        given = [] if self.guidance is None else [self.guidance]
+        return [self.latents, self.noise, self.timestep, *self.cond, *self.null_cond, *given]
+
+    def clone(self) -> "Batch":
+        """In memory of its own, every tensor contiguous."""
+
+        def copied(value):
+            if isinstance(value, tuple):
+                return tuple(map(copied, value))
+            return value if value is None else value.contiguous().clone()
+
+        return Batch(*(copied(getattr(self, f.name)) for f in fields(self)))
+
 
 def parts(batch: Batch, size: int, device) -> Iterator[tuple[Batch, float]]:
     """The batch in passes of `size` pictures (0: at once), and the weight of each one's loss."""
@@ -612,6 +627,20 @@ def parts(batch: Batch, size: int, device) -> Iterator[tuple[Batch, float]]:
     for first in range(0, n, size or n):
         part = batch.part(slice(first, first + (size or n)), device)
         yield part, len(part.noise) / len(batch.rows)
+
+
+def ahead(draw: Callable[[int], Batch], device: torch.device) -> Callable[[int], Batch]:
+    """draw(step), which on a GPU is there already: the next is drawn while this one trains."""
+    if device.type != "cuda":
+        return draw
+    pool, waiting = ThreadPoolExecutor(1), {}
+
+    def take(step: int) -> Batch:
+        batch = waiting.pop(step).result() if step in waiting else draw(step)
+        waiting[step + 1] = pool.submit(draw, step + 1)
+        return batch
+
+    return take
 
 
 def example(model: nn.Module, height: int, width: int) -> Batch:

@@ -47,13 +47,16 @@ class Options:
     ema: float = 0.0  # decay of a moving average, e.g. 0.999, which is then what is saved; 0: none
     dtype: str = ""  # of frozen weights and encoders: fp32, bf16; "": fp32 for toys and on a CPU
     compile: bool = False  # for a GPU: some 40 s once, then shorter steps
+    graph: bool = (
+        False  # for a GPU: launch the passes of a step as one CUDA graph; for small models
+    )
     keep: int = 2  # progress files that stay, the newest
     preview_every: int = 0  # steps between pictures of held-out captions; 0: none
 
 
 # May differ when an interrupted run goes on: they move memory and files, not the result.
 MAY_CHANGE = {"micro_batch", "checkpointing", "keep", "preview_every", "save_every"}
-MAY_CHANGE |= {"device", "out", "weights", "compile"}
+MAY_CHANGE |= {"device", "out", "weights", "compile", "graph"}
 PATIENCE = 10  # steps in a row that may be skipped
 
 # ---- processes
@@ -251,13 +254,13 @@ class Run:
         lr *= min(1.0, (self.step + 1) / (self.config.warmup + 1))
         if math.isfinite(loss) and math.isfinite(norm):
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("scale", 1.0)
             self.optimizer.step()
             self.updates, self.skipped = self.updates + 1, 0
             self.update_average()
         else:
             self.skip(loss, norm, names())
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=not self.config.graph)  # a graph writes in place
         seconds = time.perf_counter() - self.started
         self.metrics.add(self.step, loss=loss, lr=lr, norm=norm, seconds=round(seconds, 4))
         self.bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
@@ -365,10 +368,14 @@ def save_last(path: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> 
     wait_for_all()
 
 
-def adamw(parameters: list[Tensor]) -> torch.optim.AdamW:
-    """Fused where it is large: unfused, AdamW's temporaries are a copy of all that is trained."""
+def adamw(groups: list[dict]) -> torch.optim.AdamW:
+    """groups: {"params": [...], "scale": of the learning rate}.
+
+    Fused where it is large: unfused, AdamW's temporaries are a copy of all that is trained.
+    """
+    parameters = [p for group in groups for p in group["params"]]
     is_large = sum(p.numel() for p in parameters) > 10**8 and parameters[0].is_cuda
-    return torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0, fused=is_large)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=is_large)
 
 
 def commit() -> str:
@@ -440,10 +447,48 @@ def ready_blocks(blocks: list[nn.Module], config) -> None:
             block.forward = functools.partial(checkpoint, block.forward, **how)
 
 
+def replayed(function: Callable, model: nn.Module) -> Callable:
+    """function(batch, share) as a CUDA graph, one for each shape of a batch.
+
+    The function adds to the gradients and returns a tensor, which the next call overwrites. At toy
+    sizes a step is hundreds of launches with little work in each: replayed, they cost nothing.
+    """
+    recorded = {}
+
+    def record(batch, share: float) -> tuple:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # kernels are chosen, and every parameter gets its gradient
+                function(batch, share)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = function(batch, share)
+        return graph, batch, out
+
+    def call(batch, share: float) -> Tensor:
+        key = (share, *(tensor.shape for tensor in batch.tensors()))
+        if key not in recorded:
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            before = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+            recorded[key] = record(batch.clone(), share)
+            for p, gradient in zip(parameters, before):  # the rehearsals do not count
+                p.grad.copy_(gradient)
+        graph, kept, out = recorded[key]
+        for mine, new in zip(kept.tensors(), batch.tensors()):
+            mine.copy_(new)
+        graph.replay()
+        return out
+
+    return call
+
+
 def autocast(model: nn.Module, device: torch.device, on: bool = False):
     """bf16 for matmuls: on, or where weights are bf16 and what is trained is fp32."""
     mixed = any(p.dtype == torch.bfloat16 for p in model.parameters())
-    return torch.autocast(device.type, torch.bfloat16, enabled=on or mixed)
+    # Without the cache: a graph would find a copy of a weight that is no longer there.
+    return torch.autocast(device.type, torch.bfloat16, enabled=on or mixed, cache_enabled=False)
 
 
 def gemm_rate(device: torch.device) -> float:

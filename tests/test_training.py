@@ -24,7 +24,7 @@ from torch import nn
 import align
 import lora
 import sample
-from models import training, weights
+from models import data, training, weights
 from models.weights import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -420,3 +420,22 @@ def test_torchrun_gives_what_python_gives(tmp_path):
     one, two = (json.loads(done.stdout.splitlines()[-1]) for done in (alone, both))
     assert two["held_out_loss"] == pytest.approx(one["held_out_loss"], rel=1e-4)
     assert sum(line.startswith("align | ") for line in both.stdout.splitlines()) == 1
+
+
+def test_batches_drawn_ahead_are_those_of_their_steps():
+    """Also where a run goes on at another step than the one that was drawn ahead."""
+    draw = data.ahead(lambda step: torch.full((2,), step), torch.device("cuda"))
+    assert [draw(step)[0].item() for step in (5, 6, 7, 100, 101, 3)] == [5, 6, 7, 100, 101, 3]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA graphs")
+def test_a_replayed_step_is_the_eager_step(tmp_path):
+    config, ends = replace(CONFIG, steps=5, batch_size=6, micro_batch=2), []
+    for graph in (False, True):
+        model, device = fresh_model().cuda(), torch.device("cuda")
+        config = replace(config, graph=graph)
+        align.train_doors(model, tiny_pictures(), config, 2.0, device, tmp_path / str(graph))
+        ends.append(align.trained(model))
+    for name, p in ends[0].items():
+        torch.testing.assert_close(ends[1][name], p, rtol=1e-4, atol=1e-5)
+    assert any(p.abs().max() > 1e-3 for p in ends[1].values())
