@@ -373,7 +373,8 @@ class Stepper:
 
     hoist   What no noise reaches is computed before the first step: the text's projections and, for
             all steps in one pass over their weights (a quarter of FLUX), the modulations. The
-            modules that would compute it hand out the result. Lossless.
+            modules that would compute it hand out the result, during a step and no longer.
+            Lossless.
     graph   The step is recorded once as a CUDA graph and replayed: one launch instead of a
             thousand, the same kernels on the same memory. Bit-identical.
     """
@@ -382,6 +383,7 @@ class Stepper:
         self.model, self.hoist, self.graph = model, hoist, graph
         self.signature = self.recorded = None
         self.now: dict[nn.Module, Tensor] = {}  # what stands for a module's output in this step
+        self.hand_out: dict[nn.Module, Callable] = {}  # its forward during a step
 
     def start(
         self,
@@ -404,7 +406,6 @@ class Stepper:
         self.timesteps, self.guidance, self.split = timesteps, guidance, len(cond)
         if not self.hoist:
             return
-        self.unhoist()
         both = [torch.cat(pair) for pair in zip(null_cond, cond)] if null_cond else cond
         self.once, self.each = known_before(self.model, noise, timesteps, both, guidance)
         for module, value in self.once.items() | {m: v[0] for m, v in self.each.items()}.items():
@@ -412,7 +413,7 @@ class Stepper:
                 self.now[module].copy_(value)
             else:
                 self.now[module] = value.clone()
-            module.forward = lambda *_, value=self.now[module]: value
+                self.hand_out[module] = lambda *_, value=self.now[module]: value
 
     def __call__(self, step: int, noisy_latents: Tensor) -> Tensor:
         """The velocity (B, C, h, w) of a step. The next call overwrites it."""
@@ -435,17 +436,17 @@ class Stepper:
     def run(self) -> Tensor:
         cond, null_cond = self.given[: self.split], self.given[self.split :]
         rest = (self.guidance, tuple(null_cond) or None)
-        return predict(self.model, self.noisy, self.timestep, tuple(cond), *rest)
-
-    def unhoist(self) -> None:
-        for module in self.now:
-            if "forward" in vars(module):
+        for module, forward in self.hand_out.items():
+            module.forward = forward
+        try:
+            return predict(self.model, self.noisy, self.timestep, tuple(cond), *rest)
+        finally:  # the model is as it was, for other steppers and for those who have none
+            for module in self.hand_out:
                 del module.forward
 
     def close(self) -> None:
-        """The model is as it was."""
-        self.unhoist()
-        self.now, self.signature, self.recorded = {}, None, None
+        """Let go of what was computed and recorded."""
+        self.now, self.hand_out, self.signature, self.recorded = {}, {}, None, None
 
 
 def speed_up(transformer: nn.Module, autoencoder: nn.Module) -> Stepper:
