@@ -222,7 +222,9 @@ class Attention(nn.Module):
         qkv = torch.cat([qkv, *(scale(qkv) for scale in self.multiscale)], 1)  # (B, 3 nh hd, h, w)
         # A head's q, k and v lie together, (nh, 3, hd): the thirds of qkv are not q, k and v.
         # Sums over all positions overflow fp16 and blur in bf16: fp32, under autocast as well.
-        with torch.autocast(hidden.device.type, enabled=False):
+        # (The meta device, which counts operations, has no autocast of its own.)
+        device = "cpu" if hidden.is_meta else hidden.device.type
+        with torch.autocast(device, enabled=False):
             heads = qkv.float().flatten(2).unflatten(1, (-1, 3, self.head_dim))
             query, key, value = heads.unbind(2)  # (B, nh, hd, N) each
             mixed = linear_attention(query.relu(), key.relu(), value)

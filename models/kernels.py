@@ -594,6 +594,7 @@ def attend_linear(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> Tensor:
     """softmax-free attention of sana.py in two passes, for (B, N, D) each -> (B, N, D)."""
     if head_dim < 16 or head_dim & (head_dim - 1):  # what tensor cores do not take
         raise ValueError(f"heads of {head_dim}: wanted a power of two from 16 on")
+    assert q.dtype == k.dtype == v.dtype, f"q {q.dtype}, k {k.dtype}, v {v.dtype}: wanted one"
     batch, length, width = q.shape
     heads = width // head_dim
     q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
@@ -631,7 +632,8 @@ def sum_keys_kernel(
     for first in range(split * span, tl.minimum((split + 1) * span, length), BLOCK):
         token = (first + tl.arange(0, BLOCK)[:, None]).to(tl.int64)
         keys = tl.load(k + token * k_row, token < length, 0.0)
-        keys = tl.maximum(keys, 0.0)
+        # Some versions of Triton return fp32 here; bf16 keys are exact in bf16, as the values.
+        keys = tl.maximum(keys, 0.0).to(k.dtype.element_ty)
         values = tl.load(v + token * v_row, token < length, 0.0)
         acc = tl.dot(keys.T, values, acc, input_precision="tf32x3")
         total += tl.sum(keys.to(tl.float32), 0)

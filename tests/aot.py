@@ -6,6 +6,7 @@ registers a thread, bytes spilled, bytes of shared memory, and the PTX's matrix 
 (Beside, because a process that interprets kernels cannot compile them.)
 """
 
+import inspect
 import json
 import os
 import re
@@ -16,6 +17,13 @@ from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
 ROOT = Path(__file__).parent.parent
+POINTERS = {
+    "torch.bfloat16": "*bf16",
+    "torch.float16": "*fp16",
+    "torch.float32": "*fp32",
+    "torch.float8_e4m3fn": "*fp8e4nv",
+    "torch.uint8": "*u8",
+}
 MMA = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*")
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
@@ -37,8 +45,10 @@ def compile_one(module: str, name: str, signature: dict, constants: dict, option
         (i,): [["tt.divisibility", 16]]
         for i, (arg, kind) in enumerate(signature.items())
         if kind.startswith("*")
+        or kind == "i32:16"
         or (kind == "i32" and re.search("stride|_row|_batch|_part|groups", arg))
     }
+    signature = {arg: kind.removesuffix(":16") for arg, kind in signature.items()}
     if hasattr(kernel, "is_gluon") and kernel.is_gluon():
         from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     source = ASTSource(kernel, signature, constants, aligned)
@@ -66,6 +76,35 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
         file.flush()
         out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", out)}
+
+
+class Recorder:
+    """In the place of a kernel: notes what it is launched with as a job for `compile_all`."""
+
+    def __init__(self, module: str, name: str, kernel, jobs: list):
+        self.module, self.name, self.jobs = module, name, jobs
+        self.parameters = inspect.signature(kernel.fn).parameters
+
+    def __getitem__(self, grid):
+        return self.note
+
+    def note(self, *args, num_warps: int = 4, num_stages: int = 3, maxnreg=None, **named) -> None:
+        given = dict(zip(self.parameters, args)) | named
+        signature, constants = {}, {}
+        for name, parameter in self.parameters.items():
+            value = given[name]
+            if "constexpr" in str(parameter.annotation) or value is None:
+                constants[name] = value
+            elif hasattr(value, "dtype"):
+                signature[name] = POINTERS[str(value.dtype)]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "i32:16" if value % 16 == 0 else "i32"
+        options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
+        job = [self.module, self.name, signature, constants, options]
+        if job not in self.jobs:
+            self.jobs.append(job)
 
 
 def compile_all(jobs: list[list], capabilities: tuple[int, ...] = (90, 120)) -> list[dict]:
