@@ -12,6 +12,7 @@ Runs    Where Triton does (NVIDIA, sm_80 and up), and under its interpreter on a
 Shapes: B batch, N tokens, D width, M rows (all leading dimensions together), K columns.
 """
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -282,14 +283,16 @@ def split_heads(streams: list[tuple], rope: Tensor) -> tuple[Tensor, Tensor, Ten
     batch, head_dim = len(qkv), norm.query_norm.scale.shape[0]
     heads, total = qkv.shape[2] // (3 * head_dim), sum(part.shape[1] for part, _ in streams)
     joint = qkv.new_empty(3 if len(streams) > 1 else 2, batch, total, heads, head_dim)
+    block_d = triton.next_power_of_2(head_dim)
+    together = math.gcd(heads, max(1024 // block_d, 1))  # heads at a time: 16 bytes a thread
     first = 0
     for qkv, norm in streams:
         qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
         split_heads_kernel[(qkv.shape[1], batch)](
             qkv, norm.query_norm.scale, norm.key_norm.scale, *rope, joint,
-            qkv.stride(0), qkv.stride(1), joint.stride(0), joint.stride(1), first, heads, 1e-6,
-            HEADS=triton.next_power_of_2(heads), HEAD_DIM=head_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim), COPY_V=len(streams) > 1, num_warps=8,
+            qkv.stride(0), qkv.stride(1), joint.stride(0), joint.stride(1), first, 1e-6,
+            HEADS=heads, TOGETHER=together, HEAD_DIM=head_dim, BLOCK_D=block_d,
+            COPY_V=len(streams) > 1, num_warps=max(together * block_d // 256, 1),
         )  # fmt: skip
         first += qkv.shape[1]
     q, k = joint[:2]
@@ -299,38 +302,56 @@ def split_heads(streams: list[tuple], rope: Tensor) -> tuple[Tensor, Tensor, Ten
 
 @jit
 def split_heads_kernel(
-    qkv, q_scale, k_scale, cos, sin, joint,
-    qkv_batch, qkv_row, joint_part, joint_batch, first, heads, eps,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, COPY_V: tl.constexpr,
+    qkv, q_scale, k_scale, cos, sin, joint, qkv_batch, qkv_row, joint_part, joint_batch, first, eps,
+    HEADS: tl.constexpr, TOGETHER: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    COPY_V: tl.constexpr,
 ):  # fmt: skip
-    """For a token, all heads at once, and x = q, then k:
+    """For a token, TOGETHER heads at a time, and x = q and k:
 
     normed = x / sqrt(mean x^2 + eps) * scale             a head at a time
     joint[x] = normed * cos + swapped(normed) * sin       swapped: neighbours a, b are b, a
+
+    A thread holds eight neighbours: the pairs are in its registers, and a load is 16 bytes.
     """
     token, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    mask = (head < heads) & (column < HEAD_DIM)
-    place = head * HEAD_DIM + column
-    other = head * HEAD_DIM + (column ^ 1)  # of the pair
-    qkv += batch * qkv_batch + token.to(tl.int64) * qkv_row
-    row = (first + token).to(tl.int64)
-    joint += batch * joint_batch + row * heads * HEAD_DIM
+    head, column = tl.arange(0, TOGETHER)[:, None], tl.arange(0, BLOCK_D)[None, :]
     inside = column < HEAD_DIM
-    c = tl.load(cos + row * HEAD_DIM + column, inside, 0.0)
-    s = tl.load(sin + row * HEAD_DIM + column, inside, 0.0)
-    for part in tl.static_range(2):
-        x = tl.load(qkv + part * heads * HEAD_DIM + place, mask, 0.0).to(tl.float32)
-        y = tl.load(qkv + part * heads * HEAD_DIM + other, mask, 0.0).to(tl.float32)
-        weights = q_scale if part == 0 else k_scale
-        a = tl.load(weights + column, inside, 0.0).to(tl.float32)
-        b = tl.load(weights + (column ^ 1), inside, 0.0).to(tl.float32)
-        norm = tl.math.rsqrt(tl.sum(x * x, 1) / HEAD_DIM + eps)[:, None]
-        out = norm * (x * a * c + y * b * s)
-        tl.store(joint + part * joint_part + place, out.to(joint.dtype.element_ty), mask)
-    if COPY_V:
-        v = tl.load(qkv + 2 * heads * HEAD_DIM + place, mask)
-        tl.store(joint + 2 * joint_part + place, v, mask)
+    mask = (head < HEADS) & inside
+    row = (first + token).to(tl.int64)
+    qkv += batch * qkv_batch + token.to(tl.int64) * qkv_row
+    joint += batch * joint_batch + row * HEADS * HEAD_DIM
+    cos_a, cos_b = pairs(tl.load(cos + row * HEAD_DIM + column, inside, 0.0))
+    sin_a, sin_b = pairs(tl.load(sin + row * HEAD_DIM + column, inside, 0.0))
+    q_a, q_b = pairs(tl.load(q_scale + column, inside, 0.0).to(tl.float32))
+    k_a, k_b = pairs(tl.load(k_scale + column, inside, 0.0).to(tl.float32))
+    for done in tl.static_range(0, HEADS, TOGETHER):
+        place = (done + head) * HEAD_DIM + column
+        q = tl.load(qkv + place, mask, 0.0)  # all loads before the first store
+        k = tl.load(qkv + HEADS * HEAD_DIM + place, mask, 0.0)
+        if COPY_V:
+            v = tl.load(qkv + 2 * HEADS * HEAD_DIM + place, mask, 0.0)
+            tl.store(joint + 2 * joint_part + place, v, mask)
+        q = rotate_heads(q, q_a, q_b, cos_a, cos_b, sin_a, sin_b, eps, HEAD_DIM)
+        k = rotate_heads(k, k_a, k_b, cos_a, cos_b, sin_a, sin_b, eps, HEAD_DIM)
+        tl.store(joint + place, q, mask)
+        tl.store(joint + joint_part + place, k, mask)
+
+
+@jit
+def pairs(x):
+    """(n, 2m) -> its even columns and its odd ones, (n, m) each"""
+    return tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+
+
+@jit
+def rotate_heads(heads, scale_a, scale_b, cos_a, cos_b, sin_a, sin_b, eps, HEAD_DIM: tl.constexpr):
+    """As above, for (n, hd)."""
+    x = heads.to(tl.float32)
+    norm = tl.math.rsqrt(tl.sum(x * x, 1) / HEAD_DIM + eps)[:, None]
+    a, b = pairs(x)
+    a, b = a * norm * scale_a, b * norm * scale_b
+    out = tl.join(a * cos_a + b * sin_a, b * cos_b + a * sin_b)
+    return tl.reshape(out, heads.shape).to(heads.dtype)
 
 
 @jit
