@@ -60,7 +60,7 @@ class Config(training.Options):
     alpha: float = 64.0  # scale of the update is alpha / rank
     full: bool = False  # train every weight of the blocks instead: forgets more
     recover: bool = True  # eq. (3) of align.py; --no-recover: plain flow matching
-    steps: int = 900
+    steps: int = 2200
     lr: float = 4e-3  # cosine to zero; at 2e-2 the toy diverges
     door_rate: float = 3.0  # the embedder's and head's learning rate is this times lr
     batch_size: int = 32
@@ -68,6 +68,7 @@ class Config(training.Options):
     dropout: float = 0.1  # share of captions emptied
     per_task: int = 12  # toy prompts of each task to score by; 0: none
     save_every: int = 100  # steps, so that an interrupted run goes on
+    save_dtype: str = "fp32"  # of lora.safetensors: fp32, bf16, fp16
     export: str = ""  # diffusers, peft or comfyui: no training, what these load of a finished run
     seed: int = 0
     device: str = ""  # "": cuda, then mps, then cpu
@@ -78,7 +79,7 @@ class Config(training.Options):
 # customary.
 LARGE = dict(
     rank=256, alpha=256.0, steps=10_000, lr=1e-4, door_rate=1.0, micro_batch=2, checkpointing=True,
-    warmup=200, save_every=500, preview_every=1000,
+    warmup=200, save_dtype="bf16", save_every=500, preview_every=1000,
 )  # fmt: skip
 
 
@@ -312,7 +313,8 @@ def run(config: Config, spec: dict, out: Path, device: torch.device) -> None:
     notes = training.header(
         config, "lora", base_spec, spec["autoencoder"], model, shift, config.steps
     )
-    training.save_last(saved, trained(model), notes | {"alpha": str(config.alpha)})
+    kept = {k: p.to(weights.pick_dtype(config.save_dtype)) for k, p in trained(model).items()}
+    training.save_last(saved, kept, notes | {"alpha": str(config.alpha)})
     if training.rank() > 0:
         return
     scores = {}

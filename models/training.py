@@ -64,9 +64,11 @@ PATIENCE = 10  # steps in a row that may be skipped
 
 def start(name: str) -> torch.device:
     """This process's device; under torchrun also the group, in which only the first one prints."""
-    if "RANK" not in os.environ:
-        return weights.pick_device(name)
     device = weights.pick_device(name)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, for the toys: the rest is in bf16
+    if "RANK" not in os.environ:
+        return device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -484,11 +486,11 @@ def replayed(function: Callable, model: nn.Module) -> Callable:
     return call
 
 
-def autocast(model: nn.Module, device: torch.device, on: bool = False):
-    """bf16 for matmuls: on, or where weights are bf16 and what is trained is fp32."""
+def autocast(model: nn.Module, device: torch.device):
+    """bf16 for matmuls, where weights are bf16 and what is trained is fp32."""
     mixed = any(p.dtype == torch.bfloat16 for p in model.parameters())
     # Without the cache: a graph would find a copy of a weight that is no longer there.
-    return torch.autocast(device.type, torch.bfloat16, enabled=on or mixed, cache_enabled=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False)
 
 
 def gemm_rate(device: torch.device) -> float:
