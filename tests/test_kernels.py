@@ -420,7 +420,11 @@ def test_what_the_real_models_launch_compiles_for_hopper_and_blackwell(launches,
     for jobs, limit in ((launches[:fast], 128), (launches[fast:], 255)):  # fp32 is not for speed
         one_each = {}  # of each kernel, its types and flags: the last, for the widest pixels
         for job in jobs:
-            flags = [v for k, v in job[3].items() if k in ("FP8", "ADD", "SHUFFLED", "HAS_BIAS")]
+            flags = [
+                v
+                for k, v in job[3].items()
+                if k in ("FP8", "ADD", "SHUFFLED", "REPEATS", "HAS_BIAS")
+            ]
             one_each[str((job[1], sorted(job[2].items()), flags))] = job
         for row in aot.compile_all(list(one_each.values())):
             with capsys.disabled():
