@@ -33,6 +33,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,14 +77,14 @@ class Config:
     train: bool = False  # training steps instead, of DC-Gen at each of --sizes
     train_batch: int = 4  # --train: pictures a GPU and step
     micro_batch: int = 2  # --train: pictures a GPU takes at once
-    compile: bool = False  # --train: compiled blocks
     tune: bool = False  # attention: every tile size, not just the one in use
     attention: str = ""  # torch | triton; "": what sample.py would use
     fuse: bool = True  # fused kernels
     hoist: bool = True  # what no noise reaches, computed before the first step
     graph: bool = True  # the step as a CUDA graph
     channels_last: bool = True  # the autoencoder's memory layout
-    compile: bool = False  # the autoencoder through torch.compile instead of our kernels (minutes)
+    compile: bool = False  # by torch.compile: the autoencoder; with --train the blocks
+    search: bool = False  # cuDNN tries all convolutions that it has, once for each shape
     fp8: bool = True  # also with linear layers in FP8 (lossy)
     device: str = ""  # "": cuda, then the CPU
     dtype: str = "bf16"  # bf16 | fp16, on a GPU
@@ -258,6 +259,18 @@ def measure(call: Callable[[], object], config: Config, device: torch.device) ->
     return Timing(times[n // 2], times[n // 10], times[min(n - 1, n * 9 // 10)], n)
 
 
+def measure_device(call: Callable[[], object], config: Config, device: torch.device) -> Timing:
+    """As `measure`, without launches: ten calls as one CUDA graph. For what is over sooner than
+    Python is ready for the next, tens of microseconds."""
+    call()  # kernels compile, libraries wake
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(10):
+            call()
+    took = measure(graph.replay, config, device)
+    return Timing(took.median / 10, took.p10 / 10, took.p90 / 10, took.n)
+
+
 def timed(call: Callable[[], object], cuda: bool) -> float:
     if not cuda:
         start = time.perf_counter()
@@ -336,7 +349,7 @@ def measure_rates(config: Config, zoo: Zoo, found: dict) -> None:
             if fp8_runs(device):
                 rows["fp8"] = (kernels.FP8Linear(layer), kernels.quantize_rows(hidden))
             for kind, (module, inputs) in rows.items():
-                took = measure(lambda: module(inputs), config, device)
+                took = measure_device(lambda: module(inputs), config, device)
                 rate = 2 * m * n * k / took.median / 1e9
                 best = max(rates.get(kind, {}).get(str(m), 0), rate)
                 rates.setdefault(kind, {})[str(m)] = best
@@ -408,7 +421,7 @@ def measure_attention(config: Config, zoo: Zoo, found: dict) -> None:
         table[name] = {}
         try:
             for n in lengths:
-                took = measure(lambda: call(*tensors[n]), config, zoo.device)
+                took = measure_device(lambda: call(*tensors[n]), config, zoo.device)
                 table[name][str(n)] = 4 * n * n * 24 * 128 / took.median / 1e9
             error = relative(call(*tensors[lengths[0]]), exact)
         except Exception as reason:  # a tile that does not fit, a backend that is not there: told
@@ -423,29 +436,36 @@ def measure_kernels(config: Config, zoo: Zoo, found: dict) -> None:
     n, d, device = 4608, 3072, zoo.device
     if not kernels.runs_on(device):
         return
-    plain, fused = flux.PLAIN, kernels.fused_ops(fp8=False)
     hidden, branch, mlp = zoo.random(1, n, d), zoo.random(1, n, d), zoo.random(1, n, 7 * d)
     shift, scale, gate = zoo.random(1, 1, 3 * d).chunk(3, dim=-1)
     norm = random_weights(flux.QKNorm(128).to("meta"), device, zoo.dtype)
     rope = torch.stack(flux.rope_table(512, (64, 64), [16, 56, 56], 1, device))
     streams = [(zoo.random(1, 512, 3 * d), norm), (zoo.random(1, 4096, 3 * d), norm)]
-    rows = {  # name: arguments, values that have to move
-        "modulate": ((hidden, shift, scale), 2 * n * d),
-        "add_gated": ((hidden, gate, branch), 3 * n * d),
-        "split_heads": ((streams, rope), 6 * n * d),
-        "join_gelu": ((hidden, mlp[..., 3 * d :]), 10 * n * d),
+    size, right = hidden.element_size(), mlp[..., 3 * d :]
+    rows = {  # name: arguments, in FP8 too?, values read, values written
+        "modulate": ((hidden, shift, scale), True, n * d, n * d),
+        "add_gated": ((hidden, gate, branch), False, 2 * n * d, n * d),
+        "split_heads": ((streams, rope), False, 3 * n * d, 3 * n * d),
+        "join_gelu": ((hidden, right), True, 5 * n * d, 5 * n * d),
     }
     print(f"\nkernels                  {'plain us':>10}{'fused us':>10}{'TB/s':>8}{'error':>10}")
     found["kernels"] = {}
-    for name, (arguments, values) in rows.items():
-        calls = [lambda ops=ops: getattr(ops, name)(*arguments) for ops in (plain, fused)]
-        before, after = (measure(call, config, device).median for call in calls)
-        first, second = (call() for call in calls)
-        first, second = (out if isinstance(out, Tensor) else out[0] for out in (first, second))
-        rate = values * hidden.element_size() / after / 1e9
-        found["kernels"][name] = {"plain_us": 1000 * before, "us": 1000 * after, "tb_s": rate}
-        error = relative(second, first)
-        print(f"{name:25}{1000 * before:10.1f}{1000 * after:10.1f}{rate:8.2f}{error:10.1e}")
+    for name, (arguments, takes_fp8, read, written) in rows.items():
+        plain = partial(getattr(flux.PLAIN, name), *arguments)
+        before, expected = measure_device(plain, config, device).median, first_of(plain())
+        for fp8 in (False, True) if takes_fp8 and fp8_runs(device) else (False,):
+            fused = partial(getattr(kernels.fused_ops(fp8), name), *arguments)
+            after, label = measure_device(fused, config, device).median, name + " FP8" * fp8
+            rate = (read * size + written * (1 if fp8 else size)) / after / 1e9
+            found["kernels"][label] = {"plain_us": 1000 * before, "us": 1000 * after, "tb_s": rate}
+            error = relative(first_of(fused()), expected)
+            print(f"{label:25}{1000 * before:10.1f}{1000 * after:10.1f}{rate:8.2f}{error:10.1e}")
+
+
+def first_of(out: "Tensor | kernels.Rows | tuple") -> Tensor:
+    if isinstance(out, kernels.Rows):
+        return out.data.float() * out.scale
+    return out if isinstance(out, Tensor) else out[0]
 
 
 @contextmanager
@@ -931,7 +951,8 @@ def training_row(config: Config, zoo: Zoo, case: Case, stage: str) -> dict:
         torch.cuda.reset_peak_memory_stats(zoo.device)
     seconds = training_steps(model, random_pictures(zoo, case), options, zoo.device)
     done = cost.forward + cost.backward
-    recomputed = done + cost.forward
+    # v(null) of the recovered velocity, half of the forward, carries no gradient: computed once.
+    recomputed = done + cost.forward / (2 if align.takes_guidance(model) else 1)
     each = config.train_batch / seconds / 1e12
     return dict(
         stage=stage, model=case.name, size=case.size, seconds=seconds,
@@ -999,6 +1020,7 @@ def about(device: torch.device) -> dict:
 def main() -> None:
     config = weights.parse_config(Config, __doc__)
     device = training.start(config.device)
+    torch.backends.cudnn.benchmark = config.search
     parts = [part for part in config.only.split(",") if part]
     if unknown := [part for part in parts if part not in PARTS]:
         raise UserError(f"--only {','.join(unknown)}: wanted some of {','.join(PARTS)}")
