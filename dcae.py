@@ -108,6 +108,27 @@ def gated_conv(conv: nn.Conv2d, hidden: Tensor) -> Tensor:
     return value * F.silu(gate)
 
 
+def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-15) -> Tensor:
+    """out_n = sum_m (q_n . k_m) v_m / (sum_m q_n . k_m + eps), reordered: N hd^2, not N^2 hd."""
+    summary = value @ key.mT  # (B, nh, hd, hd), all that a query needs to know of the image
+    total = key.sum(-1, keepdim=True).mT  # (B, nh, 1, hd)
+    return (summary @ query) / (total @ query + eps)  # (B, nh, hd, N)
+
+
+def mix_heads(attn: "Attention", qkv: Tensor) -> Tensor:
+    """(B, 3 nh hd, h, w) -> what its heads, and those of coarser scales, found: (B, nh hd, h, w)."""
+    joint = torch.cat([qkv, *(scale(qkv) for scale in attn.multiscale)], 1)
+    # A head's q, k and v lie together, (nh, 3, hd): the thirds of qkv are not q, k and v.
+    # Sums over all positions overflow fp16 and blur in bf16: fp32, under autocast as well.
+    # (The meta device, which counts operations, has no autocast of its own.)
+    with torch.autocast("cpu" if qkv.is_meta else qkv.device.type, enabled=False):
+        heads = joint.float().flatten(2).unflatten(1, (-1, 3, attn.head_dim))
+        query, key, value = heads.unbind(2)  # (B, nh, hd, N) each
+        mixed = linear_attention(query.relu(), key.relu(), value)
+    mixed = mixed.type_as(qkv).flatten(1, 2)  # (B, nh hd, N)
+    return mixed.unflatten(2, qkv.shape[-2:])
+
+
 # What blocks do around their convolutions. `ops` of a block may be set to functions of the same
 # names that do it in fewer passes over memory, as those of models/kernels.py.
 PLAIN = SimpleNamespace(
@@ -116,6 +137,7 @@ PLAIN = SimpleNamespace(
     norm_act=norm_act,
     add_norm=add_norm,
     gated_conv=gated_conv,
+    mix_heads=mix_heads,
 )
 
 
@@ -189,13 +211,6 @@ class ResBlock(nn.Module):
         return self.ops.add_norm(hidden, self.norm, branch)
 
 
-def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-15) -> Tensor:
-    """out_n = sum_m (q_n . k_m) v_m / (sum_m q_n . k_m + eps), reordered: N hd^2, not N^2 hd."""
-    summary = value @ key.mT  # (B, nh, hd, hd), all that a query needs to know of the image
-    total = key.sum(-1, keepdim=True).mT  # (B, nh, 1, hd)
-    return (summary @ query) / (total @ query + eps)  # (B, nh, hd, N)
-
-
 class Attention(nn.Module):
     """Linear attention over ReLU features; each scale k adds heads that see k x k means."""
 
@@ -218,18 +233,7 @@ class Attention(nn.Module):
         self.norm = NORMS[norm](width)
 
     def forward(self, hidden: Tensor) -> Tensor:  # (B, D, h, w)
-        qkv = self.qkv(hidden)
-        qkv = torch.cat([qkv, *(scale(qkv) for scale in self.multiscale)], 1)  # (B, 3 nh hd, h, w)
-        # A head's q, k and v lie together, (nh, 3, hd): the thirds of qkv are not q, k and v.
-        # Sums over all positions overflow fp16 and blur in bf16: fp32, under autocast as well.
-        # (The meta device, which counts operations, has no autocast of its own.)
-        device = "cpu" if hidden.is_meta else hidden.device.type
-        with torch.autocast(device, enabled=False):
-            heads = qkv.float().flatten(2).unflatten(1, (-1, 3, self.head_dim))
-            query, key, value = heads.unbind(2)  # (B, nh, hd, N) each
-            mixed = linear_attention(query.relu(), key.relu(), value)
-        mixed = mixed.type_as(qkv).flatten(1, 2)  # (B, nh hd, N)
-        mixed = mixed.unflatten(2, hidden.shape[-2:])  # (B, nh hd, h, w)
+        mixed = self.ops.mix_heads(self, self.qkv(hidden))
         return self.ops.add_norm(hidden, self.norm, self.proj(mixed))
 
 

@@ -517,7 +517,7 @@ def add_norm(hidden: Tensor, norm: nn.Module, branch: Tensor) -> Tensor:
 def upsample(layer: nn.Conv2d, hidden: Tensor) -> Tensor:
     """The convolution, its bias, the shuffle of channels into pixels, and what is handed on."""
     new_width, (batch, width, height, breadth) = layer.new_width, hidden.shape
-    grown = F.interpolate(hidden, scale_factor=2, mode="nearest") if layer.interpolate else hidden
+    grown = double_pixels(hidden) if layer.interpolate else hidden
     learned = bare_conv(layer, grown)
     out = hidden.new_empty(batch, 2 * height, 2 * breadth, new_width).permute(0, 3, 1, 2)
     block = min(triton.next_power_of_2(new_width), 512)
@@ -529,6 +529,12 @@ def upsample(layer: nn.Conv2d, hidden: Tensor) -> Tensor:
         ROWS=together, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return out
+
+
+def double_pixels(hidden: Tensor) -> Tensor:
+    """F.interpolate, "nearest", of (B, C, h, w) in channels_last: theirs takes ten times a copy."""
+    lines = hidden.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
+    return lines.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
 
 @jit
@@ -616,6 +622,27 @@ def gated_conv_kernel(
     tl.store(out + target, (a * activate(b, 1)).to(out.dtype.element_ty), (x < w) & here)
 
 
+def mix_heads(attn: nn.Module, qkv: Tensor) -> Tensor:
+    """dcae.mix_heads: every scale attends where it lies, in the dtype it has, with sums in fp32."""
+    batch, _, height, breadth = qkv.shape
+    rows = pixels_of(qkv).view(batch, height * breadth, -1, 3, attn.head_dim)  # (B, N, nh, 3, hd)
+    scales = [rows, *(pool_heads(scale, qkv) for scale in attn.multiscale)]
+    out = qkv.new_empty(batch, height * breadth, len(scales), *rows.shape[2::2])
+    for i, heads in enumerate(scales):
+        attend_heads(*heads.unbind(3), out[:, :, i])
+    return out.flatten(2).unflatten(1, (height, breadth)).permute(0, 3, 1, 2)  # channels_last
+
+
+def pool_heads(scale: nn.Sequential, qkv: Tensor) -> Tensor:
+    """(B, 3 nh hd, h, w) -> (B, N, nh, 3, hd). The grouped 1x1 convolution as a batch of products:
+    cuDNN calls a kernel or two for each group."""
+    depthwise, grouped = scale
+    rows = pixels_of(bare_conv(depthwise, qkv)).unflatten(1, (grouped.groups, -1))  # (B N, 3nh, hd)
+    weight = grouped.weight.flatten(1).unflatten(0, (grouped.groups, -1))  # (3 nh, hd, hd)
+    out = torch.bmm(rows.transpose(0, 1), weight.mT)  # (3 nh, B N, hd)
+    return out.unflatten(1, (len(qkv), -1)).unflatten(0, (-1, 3)).permute(2, 3, 0, 1, 4)
+
+
 # ---- SANA
 
 
@@ -637,80 +664,88 @@ def pointwise(conv: nn.Module, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def attend_linear(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> Tensor:
     """softmax-free attention of sana.py in two passes, for (B, N, D) each -> (B, N, D)."""
-    if head_dim < 16 or head_dim & (head_dim - 1):  # what tensor cores do not take
-        raise ValueError(f"heads of {head_dim}: wanted a power of two from 16 on")
+    q, k, v = (t.unflatten(2, (-1, head_dim)) for t in (q, k, v))
+    out = q.new_empty(q.shape)
+    attend_heads(q, k, v, out)
+    return out.flatten(2)
+
+
+def attend_heads(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+    """The same for (B, N, nh, hd), wherever they lie, into `out`."""
     assert q.dtype == k.dtype == v.dtype, f"q {q.dtype}, k {k.dtype}, v {v.dtype}: wanted one"
-    batch, length, width = q.shape
-    heads = width // head_dim
-    q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
+    batch, length, heads, head_dim = q.shape
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
     splits = min(max(length // 512, 1), 32)  # programs a head, for a GPU has more room than heads
     span = triton.cdiv(triton.cdiv(length, splits), 64) * 64
-    context = q.new_empty(splits, batch * heads, head_dim, head_dim, dtype=torch.float32)
-    totals = q.new_empty(splits, batch * heads, head_dim, dtype=torch.float32)
-    out = q.new_empty(batch, length, width)
-    strides = [n for t in (q, k, v) for n in t.stride()[:2]]
+    block_d = max(triton.next_power_of_2(head_dim), 16)  # what tensor cores take
+    context = q.new_empty(splits, batch * heads, block_d, block_d, dtype=torch.float32)
+    totals = q.new_empty(splits, batch * heads, block_d, dtype=torch.float32)
+    q_strides, k_strides, v_strides, out_strides = (t.stride()[:3] for t in (q, k, v, out))
     sum_keys_kernel[(batch * heads, splits)](
-        k, v, context, totals, *strides[2:], length, heads, span,
-        HEAD_DIM=head_dim, BLOCK=64, num_warps=4,
+        k, v, context, totals, *k_strides, *v_strides, length, heads, span,
+        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK=64, num_warps=4,
     )  # fmt: skip
     ask_kernel[(triton.cdiv(length, 64), batch * heads)](
-        q, context, totals, out, *strides[:2], length, heads, splits,
-        HEAD_DIM=head_dim, BLOCK=64, num_warps=4,
+        q, context, totals, out, *q_strides, *out_strides, length, heads, splits,
+        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK=64, num_warps=4,
     )  # fmt: skip
-    return out
 
 
 @jit
 def sum_keys_kernel(
-    k, v, context, totals, k_batch, k_row, v_batch, v_row, length, heads, span,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    k, v, context, totals, k_batch, k_row, k_head, v_batch, v_row, v_head, length, heads, span,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """context = sum of relu(k)^T v, totals = sum of relu(k), over `span` tokens of a head"""
     unit, split = tl.program_id(0), tl.program_id(1)
     units = tl.num_programs(0)
-    batch, head = (unit // heads).to(tl.int64), unit % heads
-    column = tl.arange(0, HEAD_DIM)
-    k += batch * k_batch + head * HEAD_DIM + column[None, :]
-    v += batch * v_batch + head * HEAD_DIM + column[None, :]
-    acc = tl.zeros((HEAD_DIM, HEAD_DIM), tl.float32)
-    total = tl.zeros((HEAD_DIM,), tl.float32)
+    batch, head = (unit // heads).to(tl.int64), (unit % heads).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    inside = column[None, :] < HEAD_DIM
+    k += batch * k_batch + head * k_head + column[None, :]
+    v += batch * v_batch + head * v_head + column[None, :]
+    acc = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_D,), tl.float32)
     for first in range(split * span, tl.minimum((split + 1) * span, length), BLOCK):
         token = (first + tl.arange(0, BLOCK)[:, None]).to(tl.int64)
-        keys = tl.load(k + token * k_row, token < length, 0.0)
+        mask = (token < length) & inside
+        keys = tl.load(k + token * k_row, mask, 0.0)
         # Some versions of Triton return fp32 here; bf16 keys are exact in bf16, as the values.
         keys = tl.maximum(keys, 0.0).to(k.dtype.element_ty)
-        values = tl.load(v + token * v_row, token < length, 0.0)
+        values = tl.load(v + token * v_row, mask, 0.0)
         acc = tl.dot(keys.T, values, acc, input_precision="tf32x3")
         total += tl.sum(keys.to(tl.float32), 0)
     place = split * units + unit
-    square = column[:, None] * HEAD_DIM + column[None, :]
-    tl.store(context + place * HEAD_DIM * HEAD_DIM + square, acc)
-    tl.store(totals + place * HEAD_DIM + column, total)
+    square = column[:, None] * BLOCK_D + column[None, :]
+    tl.store(context + place * BLOCK_D * BLOCK_D + square, acc)
+    tl.store(totals + place * BLOCK_D + column, total)
 
 
 @jit
 def ask_kernel(
-    q, context, totals, out, q_batch, q_row, length, heads, splits,
-    HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    q, context, totals, out, q_batch, q_row, q_head, out_batch, out_row, out_head,
+    length, heads, splits,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out = relu(q) context / (relu(q) . totals + eps), for BLOCK tokens of a head"""
     unit, units = tl.program_id(1), tl.num_programs(1)
-    batch, head = (unit // heads).to(tl.int64), unit % heads
-    column = tl.arange(0, HEAD_DIM)
-    square = column[:, None] * HEAD_DIM + column[None, :]
-    table = tl.zeros((HEAD_DIM, HEAD_DIM), tl.float32)
-    total = tl.zeros((HEAD_DIM,), tl.float32)
+    batch, head = (unit // heads).to(tl.int64), (unit % heads).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    square = column[:, None] * BLOCK_D + column[None, :]
+    table = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_D,), tl.float32)
     for split in range(0, splits):
         place = split * units + unit
-        table += tl.load(context + place * HEAD_DIM * HEAD_DIM + square)
-        total += tl.load(totals + place * HEAD_DIM + column)
+        table += tl.load(context + place * BLOCK_D * BLOCK_D + square)
+        total += tl.load(totals + place * BLOCK_D + column)
     token = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]).to(tl.int64)
-    q += batch * q_batch + token * q_row + head * HEAD_DIM + column[None, :]
-    queries = tl.maximum(tl.load(q, token < length, 0.0), 0.0).to(tl.float32)
+    mask = (token < length) & (column[None, :] < HEAD_DIM)
+    q += batch * q_batch + token * q_row + head * q_head + column[None, :]
+    queries = tl.maximum(tl.load(q, mask, 0.0), 0.0).to(tl.float32)
     answer = tl.dot(queries, table, input_precision="tf32x3")  # the table is fp32: three passes
     answer = answer / (tl.sum(queries * total[None, :], 1)[:, None] + 1e-15)
-    out += (batch * length + token) * heads * HEAD_DIM + head * HEAD_DIM + column[None, :]
-    tl.store(out, answer.to(out.dtype.element_ty), token < length)
+    out += batch * out_batch + token * out_row + head * out_head + column[None, :]
+    tl.store(out, answer.to(out.dtype.element_ty), mask)
 
 
 # ---- attention on Hopper, by hand
@@ -1019,5 +1054,6 @@ def fused_ops(fp8: bool) -> SimpleNamespace:
         conv_act=conv_act,
         norm_act=norm_act,
         add_norm=add_norm,
+        mix_heads=mix_heads,
         gated_conv=gated_conv,
     )

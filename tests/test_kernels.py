@@ -220,7 +220,7 @@ def test_a_flux_in_fp8_is_near_and_keeps_what_is_sensitive(monkeypatch):
 
 
 @needs_triton
-@pytest.mark.parametrize("length, head_dim", [(1, 16), (70, 32), (1100, 16)])
+@pytest.mark.parametrize("length, head_dim", [(1, 16), (70, 32), (1100, 16), (70, 12)])
 def test_linear_attention_is_the_models(length, head_dim):
     q, k, v = normal(2, length, 3 * 2 * head_dim).chunk(3, dim=-1)
     ours = kernels.attend_linear(q, k, v, head_dim)
@@ -339,6 +339,16 @@ def test_gated_depthwise_convolution_is_the_models(width, size):
     conv = random_parameters(nn.Conv2d(width, width, 3, padding=1, groups=width))
     hidden = picture(2, width, *size)
     same(kernels.gated_conv(conv, hidden), dcae.gated_conv(conv, hidden))
+
+
+@needs_triton
+@pytest.mark.parametrize("scales", [[], [5], [3, 5]])
+def test_heads_at_several_scales_are_the_models(scales):
+    attn = random_parameters(dcae.Attention(32, 16, scales, "rms_norm"))
+    qkv = picture(2, 96, 5, 7)
+    ours = kernels.mix_heads(attn, qkv)
+    same(ours, dcae.mix_heads(attn, qkv))
+    assert ours.is_contiguous(memory_format=torch.channels_last)
 
 
 @needs_triton
