@@ -427,7 +427,8 @@ def test_what_the_real_models_launch_compiles_for_hopper_and_blackwell(launches,
         fast = len(launches)
         sana_launches(torch.float32, sana.QK_NORM, False)
         decoder_launches(torch.float32, "dc-ae-f32c32-in-1.0")
-    for jobs, limit in ((launches[:fast], 128), (launches[fast:], 255)):  # fp32 is not for speed
+    # fp32 is not for speed; Triton 3.6 gives a product there a stack frame of 8 bytes.
+    for jobs, limit, frame in ((launches[:fast], 128, 0), (launches[fast:], 255, 8)):
         one_each = {}  # of each kernel, its types and flags: the last, for the widest pixels
         for job in jobs:
             flags = [
@@ -439,4 +440,4 @@ def test_what_the_real_models_launch_compiles_for_hopper_and_blackwell(launches,
         for row in aot.compile_all(list(one_each.values())):
             with capsys.disabled():
                 print(f"\n  {row['kernel']} sm_{row['sm']}: {row['registers']} registers", end="")
-            assert row["spilled"] == 0 and row["registers"] <= limit
+            assert row["spilled"] <= frame and row["registers"] <= limit
