@@ -390,7 +390,7 @@ def rivals(config: Config, device: torch.device) -> dict[str, Callable]:
     return rows
 
 
-# As sample.TILES and kernels.HOPPER_TILE
+# As sample.TILES and kernels.HOPPER_TILES
 TUNED = [
     (block_m, block_n, warps, stages, registers)
     for block_m, block_n, warps in ((128, 64, 8), (128, 128, 8), (64, 64, 4), (64, 128, 4))
@@ -401,10 +401,12 @@ TUNED = [
 
 
 TUNED_HOPPER = [
-    (128, 128, 2, 8, None, False), (128, 64, 2, 8, None, False), (128, 64, 3, 8, None, False),
-    (64, 128, 2, 4, None, False), (64, 64, 2, 4, None, False), (64, 64, 3, 4, None, False),
-    (128, 128, 2, 4, 168, True), (128, 64, 3, 4, 168, True), (128, 64, 4, 4, 168, True),
-]  # fmt: skip
+    (2, 128, 2, 168),
+    (2, 64, 4, 168),
+    (1, 64, 2, 128),
+    (1, 64, 3, 128),
+    (1, 128, 2, 168),
+]
 
 
 def measure_attention(config: Config, zoo: Zoo, found: dict) -> None:

@@ -771,28 +771,29 @@ def in_one_plane(heads: Tensor) -> bool:
     return stacked and aligned and heads.stride()[1::2] == (head_dim, 1)
 
 
-# BLOCK_M, BLOCK_N, stages, warps, registers at most, warps have roles
-HOPPER_TILE = (128, 128, 2, 4, 168, True)
-HOPPER_ROLES = (128, 128, 2, 4, 168, True)  # 12 warps in all: their roles share 168 x 384 registers
+# From so many queries on: warpgroups (of 64 queries each), BLOCK_N, stages, registers at most. The
+# threads of a block share them: 168 x 384 are all that a multiprocessor has, 128 x 256 half of it.
+HOPPER_TILES = {0: (2, 128, 2, 168)}
 
 
-def hopper_attention(q: Tensor, k: Tensor, v: Tensor, tile: tuple = HOPPER_TILE) -> Tensor:
+def hopper_attention(q: Tensor, k: Tensor, v: Tensor, tile: tuple | None = None) -> Tensor:
     """sample.attention without a mask, where `hopper_takes`: at the rate of hand-written CUDA."""
-    block_m, block_n, stages, warps, registers, roles = tile
     (batch, heads, queries, head_dim), keys = q.shape, k.shape[2]
+    groups, block_n, stages, registers = (
+        tile or HOPPER_TILES[max(n for n in HOPPER_TILES if n <= queries)]
+    )
     out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     planes = [
         TiledDescriptor(
             t, [batch * t.shape[2], heads * head_dim], [t.stride(2), 1], [rows, head_dim], layout
         )
-        for t, rows in ((q, block_m // 2 if roles else block_m), (k, block_n), (v, block_n))
+        for t, rows in ((q, 64), (k, block_n), (v, block_n))
     ]
-    kernel = hopper_roles_kernel if roles else hopper_attention_kernel
-    kernel[(triton.cdiv(queries, block_m), batch * heads)](
+    hopper_attention_kernel[(triton.cdiv(queries, 64 * groups), batch * heads)](
         *planes, out, out.stride(0), out.stride(1), out.stride(2), queries, keys, heads,
-        1.4426950408889634 * head_dim**-0.5, BLOCK_M=block_m, BLOCK_N=block_n, HEAD_DIM=head_dim,
-        STAGES=stages, WARPS=warps, num_warps=warps, maxnreg=registers,
+        1.4426950408889634 * head_dim**-0.5, GROUPS=groups, BLOCK_N=block_n, HEAD_DIM=head_dim,
+        STAGES=stages, num_warps=4, maxnreg=registers,
     )  # fmt: skip
     return out
 
@@ -816,156 +817,76 @@ def softmax_block(logits, scale, top, total):
 @gluon_jit
 def hopper_attention_kernel(
     q, k, v, out, out_batch, out_head, out_row, queries, keys, heads, scale,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
-    STAGES: gl.constexpr, WARPS: gl.constexpr,
+    GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The loop of sample.attention_kernel, with tensor cores and exponentials at the same time:
+    """sample.attention_kernel by warps with roles: one fetches, one or two groups of four compute.
 
-    logits[0] = q k[0]^T;  p = softmax_block(logits[0])
-    for j in 1 .. blocks - 1:
-        start  logits[j] = q k[j]^T                       (wgmma runs on its own)
-        start  acc += p v[j - 1]
-        wait for logits[j];  p' = softmax_block(logits[j])     while acc is still being added to
-        wait for acc;  acc *= shrink;  p = p'
-        fetch k[j + STAGES], v[j + STAGES - 1] where k[j], v[j - 1] were
-    acc += p v[blocks - 1]
-
-    Triton waits for every product at once; Gluon, its lower level, leaves that to us. Blocks go
-    from the last key to the first: the first one processed may be ragged, the others need no mask.
-    Overlapping products and softmax inside a warpgroup: FlashAttention-3, arXiv 2407.08608.
+    Each group owns 64 queries (`consume`). They meet at no barrier of the block: a tile is `full`
+    when the copy has arrived, and `empty` when all groups have read it. What the fetching warp
+    leaves of its registers the others get. Roles: FlashAttention-3, arXiv 2407.08608.
     """
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, HEAD_DIM, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
-    out_layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
-    q_tile = gl.allocate_shared_memory(q.dtype, [BLOCK_M, HEAD_DIM], q.layout)
+    q_tiles = gl.allocate_shared_memory(q.dtype, [GROUPS, 64, HEAD_DIM], q.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, BLOCK_N, HEAD_DIM], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, BLOCK_N, HEAD_DIM], v.layout)
-    q_arrived = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    k_arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_arrived, count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_arrived.index(i), count=1)
-        mbarrier.init(v_arrived.index(i), count=1)
-
-    start = gl.program_id(0) * BLOCK_M
-    batch, head = gl.program_id(1) // heads, gl.program_id(1) % heads
-    column, blocks = head * HEAD_DIM, gl.cdiv(keys, BLOCK_N)
-    last = batch * keys + (blocks - 1) * BLOCK_N  # row of the last block, the first processed
-    fetch(q, batch * queries + start, column, q_arrived, q_tile, True)
-    for i in gl.static_range(STAGES):
-        row, wanted = last - i * BLOCK_N, i < blocks
-        fetch(k, row, column, k_arrived.index(i), k_tiles.index(i), wanted)
-        fetch(v, row, column, v_arrived.index(i), v_tiles.index(i), wanted)
-    zeros = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, s_layout)
-    acc = gl.zeros([BLOCK_M, HEAD_DIM], gl.float32, acc_layout)
-    top = gl.full([BLOCK_M], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-    total = gl.zeros([BLOCK_M], gl.float32, gl.SliceLayout(1, s_layout))
-
-    mbarrier.wait(q_arrived, 0)
-    mbarrier.wait(k_arrived.index(0), 0)
-    k_tile = k_tiles.index(0).permute((1, 0))
-    logits = warpgroup_mma(q_tile, k_tile, zeros, use_acc=False, is_async=True)
-    logits = warpgroup_mma_wait(0, deps=[logits])
-    keys_here = (blocks - 1) * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, s_layout))
-    logits = gl.where((keys_here < keys)[None, :], logits, float("-inf"))
-    p, top, total, shrink = softmax_block(logits, scale, top, total)
-    p = gl.convert_layout(p.to(q.dtype), p_layout)
-    block_barrier()  # all warps are done with k[0]
-    row = last - STAGES * BLOCK_N
-    fetch(k, row, column, k_arrived.index(0), k_tiles.index(0), STAGES < blocks)
-    for j in range(1, blocks):
-        slot, v_slot = j % STAGES, (j - 1) % STAGES
-        mbarrier.wait(k_arrived.index(slot), (j // STAGES) & 1)
-        k_tile = k_tiles.index(slot).permute((1, 0))
-        logits_later = warpgroup_mma(q_tile, k_tile, zeros, use_acc=False, is_async=True)
-        mbarrier.wait(v_arrived.index(v_slot), ((j - 1) // STAGES) & 1)
-        acc_later = warpgroup_mma(p, v_tiles.index(v_slot), acc, is_async=True)
-        logits = warpgroup_mma_wait(1, deps=[logits_later])
-        next_p, top, total, shrink = softmax_block(logits, scale, top, total)
-        acc, p = warpgroup_mma_wait(0, deps=[acc_later, p])
-        block_barrier()  # all warps are done with k[j] and v[j - 1]
-        row = last - (j + STAGES) * BLOCK_N
-        wanted = j + STAGES < blocks
-        fetch(k, row, column, k_arrived.index(slot), k_tiles.index(slot), wanted)
-        wanted = j - 1 + STAGES < blocks
-        fetch(v, row + BLOCK_N, column, v_arrived.index(v_slot), v_tiles.index(v_slot), wanted)
-        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc_layout))[:, None]
-        p = gl.convert_layout(next_p.to(q.dtype), p_layout)
-    v_slot = (blocks - 1) % STAGES
-    mbarrier.wait(v_arrived.index(v_slot), ((blocks - 1) // STAGES) & 1)
-    acc = warpgroup_mma(p, v_tiles.index(v_slot), acc, is_async=True)
-    acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-
-    acc = acc / gl.convert_layout(total, gl.SliceLayout(1, acc_layout))[:, None]
-    result = gl.convert_layout(acc.to(q.dtype), out_layout)
-    rows = start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, out_layout))
-    columns = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, out_layout))
-    out += batch.to(gl.int64) * out_batch + head * out_head
-    target = out + rows.to(gl.int64)[:, None] * out_row + columns[None, :]
-    gl.store(target, result, (rows < queries)[:, None])
-
-
-@gluon_jit
-def hopper_roles_kernel(
-    q, k, v, out, out_batch, out_head, out_row, queries, keys, heads, scale,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr,
-    STAGES: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
-    """The same with roles: one warp fetches, two warpgroups own half of the queries each.
-
-    They meet at no barrier of the block: a tile is `full` when the copy has arrived, and `empty`
-    when both have read it. What the fetching warp leaves of its registers the others get.
-    """
-    q_tiles = gl.allocate_shared_memory(q.dtype, [2, BLOCK_M // 2, HEAD_DIM], q.layout)
-    k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, BLOCK_N, HEAD_DIM], k.layout)
-    v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, BLOCK_N, HEAD_DIM], v.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
+    for i in gl.static_range(GROUPS):
         mbarrier.init(q_full.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_empty.index(i), count=2)
+        mbarrier.init(k_empty.index(i), count=GROUPS)
+        mbarrier.init(v_empty.index(i), count=GROUPS)
 
-    start = gl.program_id(0) * BLOCK_M
+    start = gl.program_id(0) * 64 * GROUPS
     batch, head = gl.program_id(1) // heads, gl.program_id(1) % heads
     column, blocks = head * HEAD_DIM, gl.cdiv(keys, BLOCK_N)
-    last = batch * keys + (blocks - 1) * BLOCK_N
+    last = batch * keys + (blocks - 1) * BLOCK_N  # row of the last block, the first processed
     out += batch.to(gl.int64) * out_batch + head * out_head
     row = batch * queries + start
-    gl.warp_specialize(
-        [
-            (consume, (
-                0, out, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
-                out_row, start, queries, keys, blocks, scale, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES)),
-            (consume, (
-                1, out, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
-                out_row, start, queries, keys, blocks, scale, BLOCK_M, BLOCK_N, HEAD_DIM, STAGES)),
-            (produce, (
-                q, k, v, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
-                row, last, column, blocks, BLOCK_M, BLOCK_N, STAGES)),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (consume, (
+                    0, out, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
+                    out_row, start, queries, keys, blocks, scale, BLOCK_N, HEAD_DIM, STAGES)),
+                (consume, (
+                    1, out, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
+                    out_row, start, queries, keys, blocks, scale, BLOCK_N, HEAD_DIM, STAGES)),
+                (produce, (
+                    q, k, v, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
+                    row, last, column, blocks, GROUPS, BLOCK_N, STAGES)),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (
+                    0, out, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
+                    out_row, start, queries, keys, blocks, scale, BLOCK_N, HEAD_DIM, STAGES)),
+                (produce, (
+                    q, k, v, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
+                    row, last, column, blocks, GROUPS, BLOCK_N, STAGES)),
+            ],
+            [1],
+            [24],
+        )  # fmt: skip
 
 
 @gluon_jit
 def produce(
     q, k, v, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
     q_row, last, column, blocks,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Fetch both tiles of queries, then keys and values into whatever is empty."""
-    for i in gl.static_range(2):
-        fetch(q, q_row + i * (BLOCK_M // 2), column, q_full.index(i), q_tiles.index(i), True)
+    """Fetch the queries of every group, then keys and values into whatever is empty."""
+    for i in gl.static_range(GROUPS):
+        fetch(q, q_row + 64 * i, column, q_full.index(i), q_tiles.index(i), True)
     for j in range(0, blocks):
         slot, turn = j % STAGES, (j // STAGES) & 1
         mbarrier.wait(k_empty.index(slot), turn ^ 1)  # at once in the first turn
@@ -978,18 +899,29 @@ def produce(
 def consume(
     me: gl.constexpr, out, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
     out_row, start, queries, keys, blocks, scale,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The loop of hopper_attention_kernel for one warpgroup and its half of the queries."""
+    """The loop of sample.attention_kernel, with tensor cores and exponentials at the same time:
+
+    logits[0] = q k[0]^T;  p = softmax_block(logits[0])
+    for j in 1 .. blocks - 1:
+        start  logits[j] = q k[j]^T                       (wgmma runs on its own)
+        start  acc += p v[j - 1]
+        wait for logits[j];  p' = softmax_block(logits[j])     while acc is still being added to
+        wait for acc;  acc *= shrink;  p = p'
+    acc += p v[blocks - 1]
+
+    Triton waits for every product at once; Gluon, its lower level, leaves that to us. Blocks go
+    from the last key to the first: the first one processed may be ragged, the others need no mask.
+    """
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
-    rows_here: gl.constexpr = BLOCK_M // 2
     q_tile = q_tiles.index(me)
-    zeros = gl.zeros([rows_here, BLOCK_N], gl.float32, s_layout)
-    acc = gl.zeros([rows_here, HEAD_DIM], gl.float32, acc_layout)
-    top = gl.full([rows_here], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
-    total = gl.zeros([rows_here], gl.float32, gl.SliceLayout(1, s_layout))
+    zeros = gl.zeros([64, BLOCK_N], gl.float32, s_layout)
+    acc = gl.zeros([64, HEAD_DIM], gl.float32, acc_layout)
+    top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, s_layout))
+    total = gl.zeros([64], gl.float32, gl.SliceLayout(1, s_layout))
 
     mbarrier.wait(q_full.index(me), 0)
     mbarrier.wait(k_full.index(0), 0)
@@ -1021,7 +953,7 @@ def consume(
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
 
     acc = acc / gl.convert_layout(total, gl.SliceLayout(1, acc_layout))[:, None]
-    rows = start + me * rows_here + gl.arange(0, rows_here, gl.SliceLayout(1, acc_layout))
+    rows = start + me * 64 + gl.arange(0, 64, gl.SliceLayout(1, acc_layout))
     columns = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, acc_layout))
     target = out + rows.to(gl.int64)[:, None] * out_row + columns[None, :]
     gl.store(target, acc.to(q_tiles.dtype), (rows < queries)[:, None])
