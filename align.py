@@ -51,7 +51,7 @@ class Config(training.Options):
     data: str = ""  # a folder of images with same-stem .txt captions; "": the toy world
     weights: str = ""  # a folder to look in instead of the hub
     resolution: int = 0  # pixels, height = width; 0: the model's own
-    scenes: int = 3072  # toy pictures to draw when there is no data
+    scenes: int = 4096  # toy pictures to draw when there is no data
     embed_steps: int = 400  # stage 1
     embed_lr: float = 3e-2  # cosine to zero, as below
     embed_batch: int = 256  # no block runs in stage 1, so a batch costs next to nothing

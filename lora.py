@@ -55,7 +55,7 @@ class Config(training.Options):
     data: str = ""  # a folder of images with same-stem .txt captions; "": the toy world
     weights: str = ""  # a folder to look in instead of the hub
     resolution: int = 0  # pixels, height = width; 0: the model's own
-    scenes: int = 3072  # toy pictures to draw when there is no data
+    scenes: int = 4096  # toy pictures to draw when there is no data
     rank: int = 64  # of each LoRA
     alpha: float = 64.0  # scale of the update is alpha / rank
     full: bool = False  # train every weight of the blocks instead: forgets more
@@ -99,10 +99,10 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
 
     def forward(self, hidden: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        update = F.linear(
-            F.linear(hidden, self.lora_A.to(hidden.dtype)), self.lora_B.to(hidden.dtype)
-        )
-        return F.linear(hidden, self.weight, self.bias) + self.scale * update
+        # The scale is a factor of the small matrix, not of all tokens.
+        down, up = self.lora_A.to(hidden.dtype), (self.scale * self.lora_B).to(hidden.dtype)
+        update = F.linear(F.linear(hidden, down), up)
+        return F.linear(hidden, self.weight, self.bias) + update
 
     def merged(self) -> nn.Linear:
         """eq. (2), summed in fp32: a small update would drown in a bf16 sum."""
@@ -120,9 +120,10 @@ class LoRAConv(LoRALinear):
         self.weight = base.weight
 
     def forward(self, image: Tensor) -> Tensor:  # (B, in, h, w) -> (B, out, h, w)
-        down, up = (half.to(image.dtype)[..., None, None] for half in (self.lora_A, self.lora_B))
+        halves = (self.lora_A, self.scale * self.lora_B)
+        down, up = (half.to(image.dtype)[..., None, None] for half in halves)
         update = F.conv2d(F.conv2d(image, down), up)
-        return F.conv2d(image, self.weight, self.bias) + self.scale * update
+        return F.conv2d(image, self.weight, self.bias) + update
 
     def merged(self) -> nn.Conv2d:
         conv = nn.Conv2d(*self.weight.shape[1::-1], 1, bias=self.bias is not None, device="meta")

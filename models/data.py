@@ -538,7 +538,8 @@ def encode(source, encoder: Encoder, cache: Path) -> "Tensor | Stored":
 
     def compute() -> dict[str, Tensor]:
         load, device, dtype, name = how
-        return {"latents": encode_images(source, load(), device, dtype, 64, name)}
+        batch = 64 if device.type == "cuda" else 8  # what a CPU's caches hold is twice as fast
+        return {"latents": encode_images(source, load(), device, dtype, batch, name)}
 
     path = cache / f"{Path(encoder.name).stem}.safetensors"
     key = f"{source.key} | {encoder.identity} {encoder.dtype}"
