@@ -454,8 +454,7 @@ def speed_up(transformer: nn.Module, autoencoder: nn.Module) -> Stepper:
     if kernels.runs_on(next(transformer.parameters()).device):
         kernels.fuse(transformer)
         kernels.fuse(autoencoder)
-        if isinstance(autoencoder, dcae.DCAE):  # what its fused functions read
-            autoencoder.to(memory_format=torch.channels_last)
+        autoencoder.to(memory_format=torch.channels_last)  # what its fused functions read
     return Stepper(transformer)
 
 

@@ -504,8 +504,73 @@ def norm_rows_kernel(
     tl.store(out + row * C + column, values.to(out.dtype.element_ty), mask)
 
 
-def norm_act(norm: nn.Module, act: Callable, hidden: Tensor) -> Tensor:
+def norm_act(norm: nn.Module, act: Callable | None, hidden: Tensor) -> Tensor:
+    if isinstance(norm, nn.GroupNorm):  # of vae.py
+        return norm_groups(hidden, norm, act)
     return norm_rows(hidden, norm, act, None)
+
+
+def norm_groups(hidden: Tensor, norm: nn.GroupNorm, act: Callable | None) -> Tensor:
+    """act(norm(hidden)) in channels_last, which torch leaves for a GroupNorm and comes back to."""
+    (batch, width), pixels = hidden.shape[:2], hidden.shape[2] * hidden.shape[3]
+    rows, out = pixels_of(hidden), torch.empty_like(hidden, memory_format=torch.channels_last)
+    block = triton.next_power_of_2(width)
+    together = max(4096 // block, 1)
+    splits = min(triton.cdiv(pixels, 8 * together), 1024)
+    sums = rows.new_empty(batch, splits, 2, width, dtype=torch.float32)
+    span = triton.cdiv(triton.cdiv(pixels, splits), together) * together
+    sum_squares_kernel[(splits, batch)](
+        rows, sums, pixels, width, span, ROWS=together, BLOCK=block, num_warps=8
+    )
+    # fp64 for a few thousand numbers: the variance is a difference.
+    sums = sums.sum(1, dtype=torch.float64).unflatten(2, (norm.num_groups, -1))  # (B, 2, G, C / G)
+    mean, square = sums.mean(-1).div_(pixels).unbind(1)  # (B, G)
+    deviation = (square - mean.square()).clamp(min=0).add_(norm.eps).sqrt()
+    mean, deviation = (t.repeat_interleave(width // norm.num_groups, 1) for t in (mean, deviation))
+    times = norm.weight / deviation  # (B, C)
+    scale_rows_kernel[(triton.cdiv(pixels, together), batch)](
+        rows, times.float(), (norm.bias - mean * times).float(), pixels_of(out), pixels, width,
+        ACT=ACTS[act], ROWS=together, BLOCK=block, num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+@jit
+def sum_squares_kernel(
+    hidden, sums, M, C, span, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """sums = sum of x and sum of x^2, for every channel, over `span` of the M pixels of a picture"""
+    split, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, BLOCK)[None, :]
+    first = tl.zeros((ROWS, BLOCK), tl.float32)
+    second = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(split * span, tl.minimum((split + 1) * span, M), ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        mask = (row < M) & (column < C)
+        x = tl.load(hidden + (batch * M + row) * C + column, mask, 0.0).to(tl.float32)
+        first += x
+        second += x * x
+    sums += (batch * tl.num_programs(0) + split) * 2 * C + tl.arange(0, BLOCK)
+    inside = tl.arange(0, BLOCK) < C
+    tl.store(sums, tl.sum(first, 0), inside)
+    tl.store(sums + C, tl.sum(second, 0), inside)
+
+
+@jit
+def scale_rows_kernel(
+    hidden, times, add, out, M, C, ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out = act(x times + add), for ROWS of the M pixels of a picture"""
+    batch = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = column < C
+    mask = (row < M) & inside
+    place = (batch * M + row) * C + column
+    values = tl.load(hidden + place, mask, 0.0).to(tl.float32)
+    values = values * tl.load(times + batch * C + column, inside, 0.0)
+    values = values + tl.load(add + batch * C + column, inside, 0.0)
+    tl.store(out + place, activate(values, ACT).to(out.dtype.element_ty), mask)
 
 
 def add_norm(hidden: Tensor, norm: nn.Module, branch: Tensor) -> Tensor:
@@ -533,6 +598,7 @@ def upsample(layer: nn.Conv2d, hidden: Tensor) -> Tensor:
 
 def double_pixels(hidden: Tensor) -> Tensor:
     """F.interpolate, "nearest", of (B, C, h, w) in channels_last: theirs takes ten times a copy."""
+    hidden = hidden.contiguous(memory_format=torch.channels_last)
     lines = hidden.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1)
     return lines.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
 
@@ -987,5 +1053,6 @@ def fused_ops(fp8: bool) -> SimpleNamespace:
         norm_act=norm_act,
         add_norm=add_norm,
         mix_heads=mix_heads,
+        double_pixels=double_pixels,
         gated_conv=gated_conv,
     )

@@ -10,7 +10,9 @@ Source  The architecture of Rombach et al., arXiv 2112.10752, with the widths, n
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,22 @@ NORM_EPS = 1e-6
 # ---- model
 
 
+def norm_act(norm: nn.GroupNorm, act: Callable | None, hidden: Tensor) -> Tensor:
+    return act(norm(hidden)) if act else norm(hidden)
+
+
+def double_pixels(hidden: Tensor) -> Tensor:
+    """(B, D, h, w) -> (B, D, 2h, 2w)."""
+    return F.interpolate(hidden, scale_factor=2, mode="nearest")
+
+
+# Replaceable by faster functions of the same names, as those of models/kernels.py.
+PLAIN = SimpleNamespace(norm_act=norm_act, double_pixels=double_pixels)
+
+
 class ResnetBlock(nn.Module):
+    ops = PLAIN
+
     def __init__(self, width: int, new_width: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, width, NORM_EPS)
@@ -33,13 +50,15 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if width == new_width else nn.Conv2d(width, new_width, 1)
 
     def forward(self, hidden: Tensor) -> Tensor:  # (B, width, h, w)
-        new = self.conv1(F.silu(self.norm1(hidden)))  # (B, new_width, h, w)
-        new = self.conv2(F.silu(self.norm2(new)))
+        new = self.conv1(self.ops.norm_act(self.norm1, F.silu, hidden))  # (B, new_width, h, w)
+        new = self.conv2(self.ops.norm_act(self.norm2, F.silu, new))
         return self.nin_shortcut(hidden) + new
 
 
 class AttnBlock(nn.Module):
     """Every pixel of the coarsest grid looks at every other: one head as wide as the network."""
+
+    ops = PLAIN
 
     def __init__(self, width: int, groups: int):
         super().__init__()
@@ -50,7 +69,7 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(width, width, 1)
 
     def forward(self, hidden: Tensor) -> Tensor:  # (B, D, h, w)
-        normed = self.norm(hidden)
+        normed = self.ops.norm_act(self.norm, None, hidden)
         query, key, value = (
             conv(normed).flatten(2).mT[:, None] for conv in (self.q, self.k, self.v)
         )  # (B, 1, h w, D) each
@@ -80,12 +99,14 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    ops = PLAIN
+
     def __init__(self, width: int):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, hidden: Tensor) -> Tensor:  # (B, D, h, w) -> (B, D, 2h, 2w)
-        return self.conv(F.interpolate(hidden, scale_factor=2, mode="nearest"))
+        return self.conv(self.ops.double_pixels(hidden))
 
 
 class DownLevel(nn.Module):
@@ -142,6 +163,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """`up` is indexed by resolution, 0 = full size, and runs from the last to the first."""
 
+    ops = PLAIN
+
     def __init__(
         self,
         out_channels: int,
@@ -165,7 +188,7 @@ class Decoder(nn.Module):
         hidden = self.mid(self.conv_in(latents))
         for level in reversed(self.up):
             hidden = level(hidden)  # (B, widths[0], H, W) at the end
-        return self.conv_out(F.silu(self.norm_out(hidden)))  # (B, 3, H, W)
+        return self.conv_out(self.ops.norm_act(self.norm_out, F.silu, hidden))  # (B, 3, H, W)
 
 
 class FluxVAE(nn.Module):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dcae
-from models import flux, kernels, sana
+from models import flux, kernels, sana, vae
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 runs = kernels.runs_on(torch.device(DEVICE))
@@ -369,6 +369,28 @@ def test_a_decoder_with_fused_functions_is_the_plain_one(kind):
     assert relative(model.decode(latents), expected) < 5e-6
 
 
+# ---- FLUX's autoencoder
+
+
+@needs_triton
+@pytest.mark.parametrize("act", [F.silu, None])
+@pytest.mark.parametrize("width, size", [(32, (3, 5)), (8, (40, 70)), (48, (1, 1))])
+def test_norms_of_groups_are_the_models(width, size, act):
+    norm = random_parameters(nn.GroupNorm(4, width, 1e-6))
+    hidden = 2 + 3 * picture(2, width, *size)
+    same(kernels.norm_act(norm, act, hidden), vae.norm_act(norm, act, hidden))
+
+
+@needs_triton
+def test_a_flux_decoder_with_fused_functions_is_the_plain_one():
+    torch.manual_seed(0)
+    model = vae.FluxVAE(block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4)
+    model, latents = random_parameters(model), picture(2, 16, 3, 5)
+    expected = model.decode(latents)
+    kernels.fuse(model)
+    assert relative(model.decode(latents), expected) < 5e-6
+
+
 # ---- for GPUs that are not here
 
 
@@ -404,6 +426,12 @@ def sana_launches(dtype: torch.dtype, qk_norm: str | None, fp8: bool) -> None:
     model(torch.ones(1, 32, 8, 8), torch.ones(1), torch.ones(1, 300, 2304), mask)
 
 
+def flux_decoder_launches(dtype: torch.dtype) -> None:
+    model = vae.FluxVAE().to(dtype)
+    kernels.fuse(model)
+    model.decode(torch.ones(1, 16, 8, 8))
+
+
 def decoder_launches(dtype: torch.dtype, preset: str) -> None:
     model = dcae.DCAE(**dcae.PRESETS[preset]["config"]).to(dtype)
     kernels.fuse(model)
@@ -422,6 +450,7 @@ def test_what_the_real_models_launch_compiles_for_hopper_and_blackwell(launches,
         sana_launches(torch.float16, sana.QK_NORM, False)
         decoder_launches(torch.bfloat16, "dc-ae-f64c128-1.5")
         decoder_launches(torch.bfloat16, "dc-ae-f32c32-sana-1.1")
+        flux_decoder_launches(torch.bfloat16)
         names = {job[1] for job in launches}
         assert names == {n for n in vars(kernels) if n.endswith("_kernel") and "hopper" not in n}
         fast = len(launches)
