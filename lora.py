@@ -55,7 +55,7 @@ class Config(training.Options):
     data: str = ""  # a folder of images with same-stem .txt captions; "": the toy world
     weights: str = ""  # a folder to look in instead of the hub
     resolution: int = 0  # pixels, height = width; 0: the model's own
-    scenes: int = 4096  # toy pictures to draw when there is no data
+    scenes: int = 3072  # toy pictures to draw when there is no data
     rank: int = 64  # of each LoRA
     alpha: float = 64.0  # scale of the update is alpha / rank
     full: bool = False  # train every weight of the blocks instead: forgets more

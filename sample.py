@@ -490,7 +490,7 @@ def known_before(
 
 # ---- model
 
-TOY = dict(text="toy", repo="text-toy", schedule="flux", solver="euler", steps=16, guidance=3.0)
+TOY = dict(text="toy", repo="text-toy", schedule="flux", solver="euler", steps=16, guidance=4.0)
 FLUX = dict(text="flux", schedule="flux", solver="euler", steps=28, guidance=3.5, size=1024)
 DC_GEN = dict(FLUX, steps=20)
 SANA = dict(text="sana", schedule="sana-dpm", shift=3.0, solver="dpm", steps=20, guidance=4.5)

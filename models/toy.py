@@ -290,8 +290,8 @@ class Source:
 
     @cached_property
     def pixels(self) -> Tensor:
-        """(n, 3, SIZE, SIZE), drawn when first asked for."""
-        rows = np.array_split(np.arange(len(self)), math.ceil(len(self) / 64))
+        """(n, 3, SIZE, SIZE), drawn when first asked for, as many at a time as caches hold."""
+        rows = np.array_split(np.arange(len(self)), math.ceil(len(self) / 16))
         chunks = (on_device(self.scenes[chunk], self.device) for chunk in rows)
         return torch.cat([to_bytes(render(chunk)[0]) for chunk in chunks])
 

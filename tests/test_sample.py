@@ -369,7 +369,7 @@ def test_every_model_names_parts_that_exist():
         (["--prompt", "a red fox"], "no word 'fox'"),
         (["--size", "12x99"], "below this model's minimum of 16x16"),
         (["--size", "big"], "wanted WxH in pixels"),
-        (["--steps", "-1"], "--steps -1 --guidance 3.0: wanted 1 or more"),
+        (["--steps", "-1"], "--steps -1 --guidance 4.0: wanted 1 or more"),
         (["--n", "0"], "--n 0 --batch-size 1: wanted 1 or more"),
         (["--seed", "-1"], "--seed -1: wanted 0 .. 2"),
         (["--dtype", "int4"], "one of fp32, bf16, fp16"),
