@@ -55,7 +55,7 @@ class Config(training.Options):
     embed_steps: int = 400  # stage 1
     embed_lr: float = 3e-2  # cosine to zero, as below
     embed_batch: int = 256  # no block runs in stage 1, so a batch costs next to nothing
-    steps: int = 100  # stage 2
+    steps: int = 200  # stage 2
     lr: float = 3e-3
     batch_size: int = 32
     guidance_max: float = 5.0  # guidance is drawn from [1, this]; eq. (3)
