@@ -52,7 +52,7 @@ TABLE = {
 }
 
 
-@pytest.mark.parametrize("column, name", enumerate("ABC"))
+@pytest.mark.parametrize("column, name", list(enumerate("ABC")))
 def test_the_error_table_is_reproduced(column, name):
     rows = quant.error_rows(*quant.synthetic(name))
     for method, errors in TABLE.items():
