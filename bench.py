@@ -262,12 +262,12 @@ def measure(call: Callable[[], object], config: Config, device: torch.device) ->
 def measure_device(call: Callable[[], object], config: Config, device: torch.device) -> Timing:
     """As `measure`, without launches: ten calls as one CUDA graph. For what is over sooner than
     Python is ready for the next, tens of microseconds."""
-    call()  # kernels compile, libraries wake
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def ten_calls() -> None:
         for _ in range(10):
             call()
-    took = measure(graph.replay, config, device)
+
+    took = measure(training.captured(ten_calls, warmup=1), config, device)
     return Timing(took.median / 10, took.p10 / 10, took.p90 / 10, took.n)
 
 

@@ -285,6 +285,7 @@ def export_run(config: Config, out: Path) -> None:
 
 def run(config: Config, spec: dict, out: Path, device: torch.device) -> None:
     torch.manual_seed(config.seed)
+    save_dtype = weights.pick_dtype(config.save_dtype, "--save-dtype")
     base_spec = sample.describe(config.model)
     is_toy, shift = spec["text"] == "toy", spec["shift"]
     dtype = training.frozen_dtype(config, device, is_toy)
@@ -316,7 +317,7 @@ def run(config: Config, spec: dict, out: Path, device: torch.device) -> None:
     notes = training.header(
         config, "lora", base_spec, spec["autoencoder"], model, shift, config.steps
     )
-    kept = {k: p.to(weights.pick_dtype(config.save_dtype)) for k, p in trained(model).items()}
+    kept = {name: p.to(save_dtype) for name, p in trained(model).items()}
     training.save_last(saved, kept, notes | {"alpha": str(config.alpha)})
     if training.rank() > 0:
         return

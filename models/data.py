@@ -598,13 +598,7 @@ class Batch:
     rows: Tensor | None = None  # of the pictures, all processes' together
 
     def part(self, rows: slice, device) -> "Batch":
-        def take(value):
-            if isinstance(value, tuple):
-                return tuple(map(take, value))
-            return value if value is None else value[rows].to(device)
-
-        taken = {f.name: take(getattr(self, f.name)) for f in fields(self) if f.name != "rows"}
-        return Batch(**taken, rows=self.rows)
+        return self.mapped(lambda tensor: tensor[rows].to(device))
 
     def tensors(self) -> list[Tensor]:
         """All that a pass reads."""
@@ -613,13 +607,18 @@ class Batch:
 
     def clone(self) -> "Batch":
         """In memory of its own, every tensor contiguous."""
+        return self.mapped(lambda tensor: tensor.clone(memory_format=torch.contiguous_format))
 
-        def copied(value):
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """function of each tensor that a pass reads."""
+
+        def take(value):
             if isinstance(value, tuple):
-                return tuple(map(copied, value))
-            return value if value is None else value.contiguous().clone()
+                return tuple(map(take, value))
+            return value if value is None else function(value)
 
-        return Batch(*(copied(getattr(self, f.name)) for f in fields(self)))
+        taken = {f.name: take(getattr(self, f.name)) for f in fields(self) if f.name != "rows"}
+        return Batch(**taken, rows=self.rows)
 
 
 def parts(batch: Batch, size: int, device) -> Iterator[tuple[Batch, float]]:

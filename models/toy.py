@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcae import DCAE
-from models import weights
+from models import training, weights
 from models.flux import Flux, sinusoid
 from models.text import ToyText
 from models.vae import FluxVAE
@@ -532,21 +532,6 @@ def scenes_kept(originals: Scenes, images: Tensor) -> float:
 # ---- how the toy weights were trained (on GPUs; a CPU can run it, for a test)
 
 
-def captured(step, warmup: int = 3):
-    """`step()` as one CUDA graph: at toy sizes a step is hundreds of launches and little work."""
-    if not torch.cuda.is_available():
-        return step
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(warmup):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 def compiled(function):
     return torch.compile(function) if torch.cuda.is_available() else function
 
@@ -589,7 +574,8 @@ def train(
             torch._foreach_mul_(moves, newest)
             torch._foreach_add_(averages, moves)
 
-    differentiate, update = (captured(differentiate), captured(update))  # rate 0: nothing moves yet
+    # The rehearsals are at rate 0: nothing moves yet.
+    differentiate, update = (training.captured(step) for step in (differentiate, update))
     start, steps = time.time(), 0
     done = torch.zeros((), device=device)
     while done < 1:

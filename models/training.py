@@ -47,16 +47,14 @@ class Options:
     ema: float = 0.0  # decay of a moving average, e.g. 0.999, which is then what is saved; 0: none
     dtype: str = ""  # of frozen weights and encoders: fp32, bf16; "": fp32 for toys and on a CPU
     compile: bool = False  # for a GPU: some 40 s once, then shorter steps
-    graph: bool = (
-        False  # for a GPU: launch the passes of a step as one CUDA graph; for small models
-    )
+    graph: bool = False  # for a GPU and a small model: a step's passes as one CUDA graph
     keep: int = 2  # progress files that stay, the newest
     preview_every: int = 0  # steps between pictures of held-out captions; 0: none
 
 
 # May differ when an interrupted run goes on: they move memory and files, not the result.
 MAY_CHANGE = {"micro_batch", "checkpointing", "keep", "preview_every", "save_every"}
-MAY_CHANGE |= {"device", "out", "weights", "compile", "graph"}
+MAY_CHANGE |= {"device", "out", "weights", "compile", "graph", "save_dtype"}
 PATIENCE = 10  # steps in a row that may be skipped
 
 # ---- processes
@@ -449,39 +447,47 @@ def ready_blocks(blocks: list[nn.Module], config) -> None:
             block.forward = functools.partial(checkpoint, block.forward, **how)
 
 
-def replayed(function: Callable, model: nn.Module) -> Callable:
-    """function(batch, share) as a CUDA graph, one for each shape of a batch.
+def captured(step: Callable, warmup: int = 3) -> Callable:
+    """`step()` as one CUDA graph: at toy sizes a step is hundreds of launches and little work.
 
-    The function adds to the gradients and returns a tensor, which the next call overwrites. At toy
-    sizes a step is hundreds of launches with little work in each: replayed, they cost nothing.
+    What step returns, the next call overwrites. On a CPU: step itself.
     """
-    recorded = {}
+    if not torch.cuda.is_available():
+        return step
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warmup):  # kernels are chosen, and every parameter gets its gradient
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
 
-    def record(batch, share: float) -> tuple:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # kernels are chosen, and every parameter gets its gradient
-                function(batch, share)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = function(batch, share)
-        return graph, batch, out
+    def replay():
+        graph.replay()
+        return out
+
+    return replay
+
+
+def replayed(function: Callable, model: nn.Module) -> Callable:
+    """function(batch, share), which adds to the gradients, `captured` for each shape of a batch."""
+    recorded = {}
 
     def call(batch, share: float) -> Tensor:
         key = (share, *(tensor.shape for tensor in batch.tensors()))
         if key not in recorded:
             parameters = [p for p in model.parameters() if p.requires_grad]
             before = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
-            recorded[key] = record(batch.clone(), share)
+            kept = batch.clone()
+            recorded[key] = kept, captured(lambda: function(kept, share))
             for p, gradient in zip(parameters, before):  # the rehearsals do not count
                 p.grad.copy_(gradient)
-        graph, kept, out = recorded[key]
+        kept, replay = recorded[key]
         for mine, new in zip(kept.tensors(), batch.tensors()):
             mine.copy_(new)
-        graph.replay()
-        return out
+        return replay()
 
     return call
 

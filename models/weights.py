@@ -110,11 +110,11 @@ def pick_device(name: str = "") -> torch.device:
     return device
 
 
-def pick_dtype(name: str) -> torch.dtype:
+def pick_dtype(name: str, flag: str = "--dtype") -> torch.dtype:
     short = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     kinds = short | {str(kind).removeprefix("torch."): kind for kind in short.values()}
     if name not in kinds:
-        raise UserError(f"--dtype {name!r} is unknown; one of {', '.join(short)}")
+        raise UserError(f"{flag} {name!r} is unknown; one of {', '.join(short)}")
     return kinds[name]
 
 
