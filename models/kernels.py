@@ -181,6 +181,8 @@ class FP8Linear(nn.Module):
     The input may come as `Rows`: then the kernel that made it has quantized it on the way out.
     """
 
+    reads_rows = True
+
     def __init__(self, linear: nn.Linear):
         super().__init__()
         assert linear.in_features % 16 == 0 and linear.out_features % 16 == 0, (
@@ -1032,7 +1034,7 @@ def fuse(model: nn.Module) -> None:
     """Every part of a model that has `ops` gets fused ones, for FP8 if its linear layers are."""
     for module in model.modules():
         if hasattr(module, "ops"):
-            fp8 = any(isinstance(child, FP8Linear) for child in module.modules())
+            fp8 = any(getattr(child, "reads_rows", False) for child in module.modules())
             fp8 = fp8 and hasattr(module.ops, "takes_rows")
             module.ops = fused_ops(fp8)
 

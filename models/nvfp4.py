@@ -10,8 +10,11 @@ How     16 neighbours along the summed dimension share a scale,
         and a layer whose weights W quant.py has split into L R + E computes
             y = Q(x * s) Q(E)^T + (x R^T) L^T + bias                                           (2)
         s smooths the inputs (W was divided by it), L (N, r) and R (r, K) are thin 16-bit matrices.
+        What has no 4-bit tensor cores but 8-bit ones multiplies the same matrix in eight bits,
+            y = Q8(x) Q8(Q(E) s + L R s)^T + bias                                              (3)
 Runs    "fake" anywhere: numbers are rounded as they would be, then multiplied as usual; this is the
-        definition. "w4a4" on Blackwell, "w4a8" on Hopper: the same up to rounding, fast.
+        definition. "w4a4", eq. (2), on Blackwell; "w4a8", eq. (3), on Hopper: the same up to
+        rounding, fast.
 Source  NVFP4 and tensor cores: NVIDIA's PTX manual. eq. (2): SVDQuant, arXiv 2411.05007.
 
 Shapes: M tokens, K inputs, N outputs, r rank.
@@ -27,7 +30,7 @@ from torch import Tensor, nn
 
 from models import kernels, weights
 from models.flux import Flux
-from models.kernels import E4M3_MAX, EMULATED, jit, tl, to_e4m3, triton
+from models.kernels import E4M3_MAX, EMULATED, Rows, jit, tl, to_e4m3, triton
 from models.sana import Sana
 from models.weights import UserError
 
@@ -75,8 +78,13 @@ def round_activations(x: Tensor) -> Tensor:
 
 def round_fp8(x: Tensor) -> Tensor:
     """(..., K) -> the same in E4M3, a scale a row: what Hopper multiplies."""
-    scale = (x.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=kernels.TINY)
+    scale = row_scales(x)
     return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
+
+
+def row_scales(x: Tensor) -> Tensor:
+    """(..., K) -> (..., 1): the largest magnitude of a row becomes 448."""
+    return (x.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=kernels.TINY)
 
 
 def pack(values: Tensor) -> Tensor:
@@ -99,7 +107,8 @@ def unpack(packed: Tensor, scales: Tensor) -> Tensor:
 class QuantLinear(nn.Module):
     """eq. (2) in place of a linear layer, or of a 1x1 convolution.
 
-    activations: bits of the inputs: 4 (NVFP4), 8 (FP8, a scale a token) or 16 (as they come).
+    activations: bits of the inputs: 4 (NVFP4), 8 (FP8, a scale a token: eq. (3)) or 16 (as they
+    come).
     """
 
     def __init__(self, like: nn.Module, rank: int, activations: int, tensor_scale: float):
@@ -121,7 +130,14 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.bias, self.real = like.bias, False
 
-    def forward(self, hidden: Tensor) -> Tensor:  # (..., K) -> (..., N), or (B, K, h, w)
+    @property
+    def reads_rows(self) -> bool:
+        """May the input come as kernels.Rows, in FP8 already?"""
+        return self.real and self.activations == 8 and not self.is_conv
+
+    def forward(self, hidden: "Tensor | Rows") -> Tensor:  # (..., K) -> (..., N), or (B, K, h, w)
+        if isinstance(hidden, Rows):
+            return fp8_product(hidden, self, self.smooth.dtype)
         rows = hidden.movedim(1, -1) if self.is_conv else hidden
         shape = (*rows.shape[:-1], self.out_features)
         linear = real_linear if self.real else fake_linear
@@ -137,19 +153,24 @@ class QuantLinear(nn.Module):
 def fake_linear(hidden: Tensor, layer: QuantLinear) -> Tensor:
     """eq. (2), the definition: (M, K) -> (M, N). Numbers are rounded as below, then multiplied."""
     k, dtype = layer.in_features, hidden.dtype
-    weight, scale = unpack(layer.packed, layer.scales)[:, :k], layer.tensor_scale
+    if layer.activations == 8:
+        inputs, weight = (round_fp8(x).to(dtype) for x in (hidden.float(), whole_weight(layer)))
+        return F.linear(inputs, weight, layer.bias)
+    weight = (unpack(layer.packed, layer.scales)[:, :k] * layer.tensor_scale).to(dtype)
     if layer.activations == 16:
-        return F.linear(hidden, (weight * scale).to(dtype), layer.bias)
-    smoothed = hidden.float() * layer.smooth.float()  # (M, K)
-    if layer.activations == 4:
-        smoothed = round_activations(smoothed)
-    else:
-        # A code times a scale has up to two bits more than E4M3 has: some are rounded again.
-        smoothed, weight = round_fp8(smoothed), 8 * (weight / 8).to(torch.float8_e4m3fn).float()
-    out = F.linear(smoothed.to(dtype), (weight * scale).to(dtype), layer.bias)
+        return F.linear(hidden, weight, layer.bias)
+    smoothed = round_activations(hidden.float() * layer.smooth.float())  # (M, K)
+    out = F.linear(smoothed.to(dtype), weight, layer.bias)
     if layer.rank:
         out = out + F.linear(F.linear(hidden, layer.down), layer.up)
     return out
+
+
+def whole_weight(layer: QuantLinear) -> Tensor:
+    """(N, K) fp32, what eq. (2) multiplies inputs by: Q(E) s + L R s."""
+    weight = unpack(layer.packed, layer.scales)[:, : layer.in_features]
+    weight = weight * (layer.tensor_scale * layer.smooth.float())
+    return weight.addmm_(layer.up.float(), layer.down.float()) if layer.rank else weight
 
 
 # ---- kernels: eq. (2) on tensor cores
@@ -157,11 +178,17 @@ def fake_linear(hidden: Tensor, layer: QuantLinear) -> Tensor:
 #          inputs                     weights                          products
 # sm_100,  E2M1, a scale for 16       as stored                        FP4 x FP4, scaled by the
 # sm_120                                                               tensor core itself: W4A4
-# sm_90    E4M3, a scale a token      code * scale, rounded to E4M3    FP8 x FP8: W4A8
+# sm_90    E4M3, a scale a token      rebuilt in memory: E4M3, a       FP8 x FP8 by cuBLAS: W4A8
+#                                     scale a row, the branch inside
 # any      16 bits (modulations)      code * scale, exact              16 x 16 bits: W4A16
 #
-# Wherever codes become numbers, even and odd channels are kept apart: a byte holds one of each, the
-# kernel that quantizes the inputs writes them apart, and a sum does not mind the order.
+# On Hopper a product that unpacks codes on their way to the tensor cores was slower: 0.68 ms with the
+# best tile where FP8 takes 0.35 (4608 x 15360 x 3072, one H200, Triton 3.6, commit 7c4c447). With
+# eight bits an outlier of the inputs costs little: no smoothing, no branch, and what comes before a
+# layer is as in FP8. The detour costs the same for one token as for thousands.
+#
+# W4A16 keeps even and odd channels apart: a byte holds one of each, the inputs are put in that order,
+# and a sum does not mind it.
 
 
 @jit
@@ -186,31 +213,17 @@ def decoded(codes, scales, ROWS: tl.constexpr, HALF: tl.constexpr):
 
 
 @jit
-def to_fp8(values):
-    """fp16 -> e4m3. An eighth of the value: 6 * 448 would be too large."""
-    if EMULATED:
-        return to_e4m3(values.to(tl.float32) * 0.125)
-    return (values * 0.125).to(tl.float8e4nv)
-
-
-@jit
 def quantize_kernel(
     hidden, smooth, down, data, scales, branch, M, K, hidden_stride, groups,
-    R: tl.constexpr, RANK: tl.constexpr, FP8: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    R: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """data, scales = Q(hidden * smooth);  branch = hidden @ down^T: one pass over `hidden`.
-
-    For FP8 a second one, out of the cache: the scale of a token is known at its end.
-    """
+    """data, scales = Q(hidden * smooth);  branch = hidden @ down^T: one pass over `hidden`."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     in_rows, row64 = row[:, None] < M, row[:, None].to(tl.int64)
     thin = tl.arange(0, RANK)
     through = tl.zeros((BLOCK_M, RANK), tl.float32)
-    largest = tl.zeros((BLOCK_M,), tl.float32)
     pair, block = tl.arange(0, BLOCK_K // 2), tl.arange(0, BLOCK_K // 16)
-    padded = groups * 16
-    for start in range(0, padded, BLOCK_K):
+    for start in range(0, groups * 16, BLOCK_K):
         column = start + tl.arange(0, BLOCK_K)
         inside = in_rows & (column < K)
         x = tl.load(hidden + row64 * hidden_stride + column, inside, 0.0)  # (BLOCK_M, BLOCK_K)
@@ -219,53 +232,55 @@ def quantize_kernel(
             r = tl.load(down + thin[:, None] * K + column, is_down, 0.0)  # (RANK, BLOCK_K)
             through = tl.dot(x, tl.trans(r), through)
         x = x.to(tl.float32) * tl.load(smooth + column, column < K, 0.0).to(tl.float32)
-        if FP8:
-            largest = tl.maximum(largest, tl.max(tl.abs(x), 1))
-        else:
-            blocks = x.reshape(BLOCK_M, BLOCK_K // 16, 16)
-            unit = tl.div_rn(tl.max(tl.abs(blocks), 2), 6.0)  # as PyTorch divides: ties decide
-            scale = to_e4m3(tl.minimum(unit, 448.0))
-            decode = scale.to(tl.float32)
-            decode = tl.where(decode == 0.0, float("inf"), decode)  # a block of zeros
-            codes = e2m1_codes(tl.div_rn(blocks, decode[:, :, None]))
-            even, odd = tl.split(codes.reshape(BLOCK_M, BLOCK_K // 2, 2))
-            packed = (even | (odd << 4)).to(tl.uint8)
-            tl.store(data + row64 * (groups * 8) + start // 2 + pair, packed, in_rows)
-            tl.store(scales + row64 * groups + start // 16 + block, scale, in_rows)
+        blocks = x.reshape(BLOCK_M, BLOCK_K // 16, 16)
+        unit = tl.div_rn(tl.max(tl.abs(blocks), 2), 6.0)  # as PyTorch divides: ties decide
+        scale = to_e4m3(tl.minimum(unit, 448.0))
+        decode = scale.to(tl.float32)
+        decode = tl.where(decode == 0.0, float("inf"), decode)  # a block of zeros
+        codes = e2m1_codes(tl.div_rn(blocks, decode[:, :, None]))
+        even, odd = tl.split(codes.reshape(BLOCK_M, BLOCK_K // 2, 2))
+        packed = (even | (odd << 4)).to(tl.uint8)
+        tl.store(data + row64 * (groups * 8) + start // 2 + pair, packed, in_rows)
+        tl.store(scales + row64 * groups + start // 16 + block, scale, in_rows)
     if R > 0:
         through = through.to(branch.dtype.element_ty)
         tl.store(branch + row64 * R + thin, through, in_rows & (thin < R))
-    if FP8:
-        scale = tl.maximum(largest / 448.0, 1e-12)
-        tl.store(scales + row, scale, row < M)
-        for start in range(0, padded, BLOCK_K):
-            column = start + tl.arange(0, BLOCK_K)
-            x = tl.load(hidden + row64 * hidden_stride + column, in_rows & (column < K), 0.0)
-            x = x.to(tl.float32) * tl.load(smooth + column, column < K, 0.0).to(tl.float32)
-            x = tl.minimum(tl.maximum(tl.div_rn(x, scale[:, None]), -448.0), 448.0)
-            even, odd = tl.split(to_e4m3(x).reshape(BLOCK_M, BLOCK_K // 2, 2))
-            place = data + row64 * padded + start // 2 + pair
-            tl.store(place, even, in_rows)
-            tl.store(place + padded // 2, odd, in_rows)
 
 
 @jit
-def unpack_kernel(packed, scales, out, N, groups, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """out (N, 16 groups) e4m3 = an eighth of code * scale, even channels first."""
+def rebuild_kernel(
+    packed, scales, smooth, down, up, row_scale, out, tensor_scale, N, K, groups,
+    R: tl.constexpr, RANK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out (N, 16 groups) e4m3 = (code * scale * tensor_scale * smooth + up down) / row_scale."""
     row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-    byte = tl.program_id(1) * (BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2)
-    group = tl.program_id(1) * (BLOCK_K // 16) + tl.arange(0, BLOCK_K // 16)
-    codes = tl.load(packed + row * (groups * 8) + byte, row < N, 0)
-    scale = tl.load(scales + row * groups + group, row < N, 0.0)
-    for half in tl.static_range(2):
-        values = to_fp8(decoded((codes >> (4 * half)) & 15, scale, BLOCK_N, BLOCK_K // 2))
-        tl.store(out + row * (groups * 16) + half * (groups * 8) + byte, values, row < N)
+    start, width = tl.program_id(1) * BLOCK_K, groups * 16
+    byte = start // 2 + tl.arange(0, BLOCK_K // 2)
+    group = start // 16 + tl.arange(0, BLOCK_K // 16)
+    column = start + tl.arange(0, BLOCK_K)
+    in_rows, in_columns = row < N, column < K
+    inverse = 1.0 / tl.load(row_scale + row, in_rows, 1.0)
+    codes = tl.load(packed + row * (groups * 8) + byte, in_rows & (byte < groups * 8), 0)
+    scale = tl.load(scales + row * groups + group, in_rows & (group < groups), 0.0)
+    even = decoded(codes & 15, scale, BLOCK_N, BLOCK_K // 2)
+    odd = decoded(codes >> 4, scale, BLOCK_N, BLOCK_K // 2)
+    values = tl.join(even, odd).reshape(BLOCK_N, BLOCK_K).to(tl.float32)
+    values *= tl.load(smooth + column, in_columns, 0.0).to(tl.float32)[None, :] * tensor_scale
+    if R > 0:
+        thin = tl.arange(0, RANK)
+        left = tl.load(up + row * R + thin, in_rows & (thin < R), 0.0)
+        is_down = (thin[:, None] < R) & in_columns
+        right = tl.load(down + thin[:, None] * K + column, is_down, 0.0)
+        values = tl.dot(left, right, values)
+    values = tl.minimum(tl.maximum(values * inverse, -448.0), 448.0)
+    place = out + row.to(tl.int64) * width + column
+    tl.store(place, to_e4m3(values), in_rows & (column < width))
 
 
 @jit
 def product_kernel(
     inputs, input_scales, weight, weight_scales, tensor_scale, branch, up, bias, out, M, N, groups,
-    INPUT_BITS: tl.constexpr, WEIGHT_BITS: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr,
+    INPUT_BITS: tl.constexpr, R: tl.constexpr, RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out (M, N) = Q(x) Q(E)^T * scales + branch up^T + bias.
@@ -284,13 +299,9 @@ def product_kernel(
     block = tl.arange(0, BLOCK_K // 16)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for start in range(0, groups * 16, BLOCK_K):
-        if WEIGHT_BITS == 8:
-            w = weight.load([start_n, start])  # (BLOCK_N, BLOCK_K)
-            acc = tl.dot(w, tl.trans(inputs.load([start_m, start])), acc)
-        else:
-            w = weight.load([start_n, start // 2])  # (BLOCK_N, HALF) bytes
-            place = weight_scales + n[:, None] * groups + start // 16 + block
-            w_scale = tl.load(place, n[:, None] < N, 0.0)
+        w = weight.load([start_n, start // 2])  # (BLOCK_N, HALF) bytes
+        place = weight_scales + n[:, None] * groups + start // 16 + block
+        w_scale = tl.load(place, n[:, None] < N, 0.0)
         if INPUT_BITS == 4:
             x = inputs.load([start_m, start // 2])
             place = input_scales + m[:, None] * groups + start // 16 + block
@@ -302,17 +313,12 @@ def product_kernel(
                     acc = tl.dot(left, tl.trans(right), acc)
             else:
                 acc = tl.dot_scaled(w, w_scale, "e2m1", tl.trans(x), x_scale, "e2m1", acc)
-        elif WEIGHT_BITS == 4:
+        else:
             for half in tl.static_range(2):
                 left = decoded((w >> (4 * half)) & 15, w_scale, BLOCK_N, HALF)
                 x = inputs.load([start_m, half * groups * 8 + start // 2])  # (BLOCK_M, HALF)
-                left = to_fp8(left) if INPUT_BITS == 8 else left.to(x.dtype)
-                acc = tl.dot(left, tl.trans(x), acc)
-    if INPUT_BITS == 8:
-        token = tl.load(input_scales + m, m < M, 0.0)
-        acc *= 8 * tensor_scale * token[None, :]
-    else:
-        acc *= tensor_scale
+                acc = tl.dot(left.to(x.dtype), tl.trans(x), acc)
+    acc *= tensor_scale
     thin = tl.arange(0, RANK)
     if R > 0:
         left = tl.load(up + n[:, None] * R + thin, (n[:, None] < N) & (thin < R), 0.0)
@@ -324,35 +330,55 @@ def product_kernel(
     tl.store(place, acc.to(out.dtype.element_ty), (n[:, None] < N) & (m[None, :] < M))
 
 
-def real_linear(hidden: Tensor, layer: QuantLinear, how: str = "fused") -> Tensor:
-    """eq. (2) by the kernels, (M, K) -> (M, N); up to rounding what `fake_linear` gives.
-
-    how, for FP8 inputs: "fused" unpacks weights tile by tile in the product; "unpacked" writes them
-    to memory as E4M3 first; "library" does, and leaves the product to cuBLAS (bf16 only).
-    """
-    if layer.activations < 16:
-        return product(*quantized_inputs(hidden, layer), layer, hidden.dtype, how)
+def real_linear(hidden: Tensor, layer: QuantLinear) -> Tensor:
+    """eq. (2) or (3) by the kernels, (M, K) -> (M, N); up to rounding what `fake_linear` gives."""
+    if layer.activations == 8:
+        padding = -layer.in_features % BLOCK
+        rows = kernels.quantize_rows(F.pad(hidden, (0, padding)) if padding else hidden)
+        return fp8_product(rows, layer, hidden.dtype)
+    if layer.activations == 4:
+        return product(*quantized_inputs(hidden, layer), layer, hidden.dtype)
     padding = 2 * layer.packed.shape[1] - layer.in_features
     halves = F.pad(hidden, (0, padding)).unflatten(1, (-1, 2)).mT.flatten(1)  # even, then odd
     return product(halves, None, None, layer, hidden.dtype)
 
 
+def fp8_product(rows: Rows, layer: QuantLinear, dtype: torch.dtype) -> Tensor:
+    """eq. (3), (..., K) -> (..., N)."""
+    extra, bias = -layer.out_features % BLOCK, layer.bias
+    if extra and bias is not None:  # tensor cores take multiples of 16
+        bias = F.pad(bias, (0, extra))
+    out = kernels.matmul_rows(rows, rebuilt(layer), bias, dtype)
+    return out[..., : layer.out_features] if extra else out
+
+
+def rebuilt(layer: QuantLinear) -> Rows:
+    """Q8 of eq. (3): `whole_weight` as (N, K) e4m3, both up to a multiple of 16. For one product:
+    kept for all layers it would be the memory of 8 bits."""
+    n, k, rank = layer.out_features, layer.in_features, layer.rank
+    groups = layer.scales.shape[1]
+    data = layer.packed.new_empty((n + -n % BLOCK, groups * BLOCK), dtype=torch.float8_e4m3fn)
+    block_n, block_k, warps = REBUILD_TILE
+    rebuild_kernel[(triton.cdiv(n, block_n), triton.cdiv(groups * BLOCK, block_k))](
+        layer.packed, layer.scales, layer.smooth, layer.down if rank else None,
+        layer.up if rank else None, layer.weight_scale, data, layer.tensor_scale, n, k, groups,
+        R=rank, RANK=thin(rank), BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps,
+    )  # fmt: skip
+    return Rows(data, layer.weight_scale)
+
+
 def quantized_inputs(hidden: Tensor, layer: QuantLinear) -> tuple[Tensor, Tensor, Tensor]:
     """(M, K) -> Q(x') in bytes, its scales, and x' R^T of eq. (2) as (M, r)."""
     (m, k), padded, rank = hidden.shape, 2 * layer.packed.shape[1], layer.rank
-    if layer.activations == 8:
-        data = hidden.new_empty((m, padded), dtype=torch.float8_e4m3fn)
-        scales = hidden.new_empty(m, dtype=torch.float32)
-    else:
-        data = hidden.new_empty((m, padded // 2), dtype=torch.uint8)
-        scales = hidden.new_empty((m, padded // BLOCK), dtype=torch.float8_e4m3fn)
+    data = hidden.new_empty((m, padded // 2), dtype=torch.uint8)
+    scales = hidden.new_empty((m, padded // BLOCK), dtype=torch.float8_e4m3fn)
     branch = hidden.new_empty((m, rank))
     hidden = kernels.rows_of(hidden)
     block_m, block_k, warps, stages = INPUT_TILE
     quantize_kernel[(triton.cdiv(m, block_m),)](
         hidden, layer.smooth, layer.down if rank else None, data, scales, branch,
         m, k, hidden.stride(0), padded // BLOCK,
-        R=rank, RANK=thin(rank), FP8=layer.activations == 8, BLOCK_M=block_m, BLOCK_K=block_k,
+        R=rank, RANK=thin(rank), BLOCK_M=block_m, BLOCK_K=block_k,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return data, scales, branch
@@ -364,14 +390,10 @@ def thin(rank: int) -> int:
 
 
 INPUT_TILE = (32, 128, 8, 4)  # (BLOCK_M, BLOCK_K, warps, stages): every program reads all of R
+REBUILD_TILE = (64, 128, 8)  # (BLOCK_N, BLOCK_K, warps)
 WHOLE = 256  # channels: a multiple of every BLOCK_K, and scales begin at whole 16 bytes
-# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by the bits of inputs and weights, for many tokens.
-TILES = {
-    (4, 4): (128, 128, 128, 8, 4),
-    (8, 4): (128, 128, 128, 8, 3),  # two programs an SM: one unpacks while the other multiplies
-    (8, 8): (256, 128, 128, 8, 4),
-    (16, 4): (16, 64, 256, 4, 3),
-}
+# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by the bits of inputs.
+TILES = {4: (128, 128, 128, 8, 4), 16: (16, 64, 256, 4, 3)}
 
 
 def product(
@@ -380,31 +402,19 @@ def product(
     branch: Tensor | None,
     layer: QuantLinear,
     dtype: torch.dtype,
-    how: str = "fused",
 ) -> Tensor:
     """The rest of eq. (2), (M, N), from quantized inputs."""
-    m, n, rank, fused = len(data), layer.out_features, layer.rank, how == "fused"
-    weight, padded = layer.packed, 2 * layer.packed.shape[1]
-    if not fused:
-        weight = data.new_empty((n, padded))
-        grid = (triton.cdiv(n, 32), padded // WHOLE)
-        unpack_kernel[grid](layer.packed, layer.scales, weight, n, padded // BLOCK, 32, WHOLE)
-    if how == "library":
-        scale = scales.new_full((1, n), 8 * layer.tensor_scale)
-        settings = dict(out_dtype=dtype, use_fast_accum=True)
-        out = torch._scaled_mm(data, weight.T, scales[:, None], scale, layer.bias, **settings)
-        return out.addmm_(branch, layer.up.T) if rank else out
-    bits = (layer.activations, 4 if fused else 8)
+    m, n, rank, bits = len(data), layer.out_features, layer.rank, layer.activations
+    padded = 2 * layer.packed.shape[1]
     block_m, block_n, block_k, warps, stages = TILES[bits]
     block_m = min(block_m, max(16, triton.next_power_of_2(m)))
-    of_weight = block_k // 2 if fused else block_k
-    of_inputs = block_k if bits == (8, 8) else block_k // 2  # bytes of FP4, or channels of a half
     out = data.new_empty((m, n), dtype=dtype)
     product_kernel[(triton.cdiv(m, block_m) * triton.cdiv(n, block_n),)](
-        kernels.describe_tiles(data, [block_m, of_inputs]), scales,
-        kernels.describe_tiles(weight, [block_n, of_weight]), layer.scales, layer.tensor_scale,
-        branch, layer.up if rank else None, layer.bias, out, m, n, padded // BLOCK,
-        INPUT_BITS=bits[0], WEIGHT_BITS=bits[1], R=rank, RANK=thin(rank),
+        kernels.describe_tiles(data, [block_m, block_k // 2]), scales,
+        kernels.describe_tiles(layer.packed, [block_n, block_k // 2]), layer.scales,
+        layer.tensor_scale, branch, layer.up if rank else None, layer.bias, out,
+        m, n, padded // BLOCK,
+        INPUT_BITS=bits, R=rank, RANK=thin(rank),
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=8,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -444,12 +454,18 @@ def use(model: nn.Module, mode: str = "") -> str:
 
 
 def make_real(layer: QuantLinear) -> None:
-    """Kernels take whole tiles of K: zeros fill the last one (2240 -> 2304; FLUX's are whole)."""
+    """Ready for the kernels, which are told apart by the bits of the inputs."""
+    layer.real = True
+    if layer.activations == 8:
+        scale = row_scales(whole_weight(layer))  # (N, 1)
+        scale = F.pad(scale, (0, 0, 0, -layer.out_features % BLOCK), value=1.0)
+        layer.register_buffer("weight_scale", scale, persistent=False)
+        return
+    # Whole tiles of K: zeros fill the last one (2240 -> 2304; FLUX's are whole).
     missing = -2 * layer.packed.shape[1] % WHOLE
     scales = layer.scales.view(torch.uint8)  # F.pad knows no e4m3
     layer.packed = F.pad(layer.packed, (0, missing // 2))
     layer.scales = F.pad(scales, (0, missing // BLOCK)).view(torch.float8_e4m3fn)
-    layer.real = True
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:

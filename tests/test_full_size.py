@@ -4,7 +4,6 @@ import json
 import math
 import sys
 import time
-from functools import partial
 
 import pytest
 import torch
@@ -156,33 +155,16 @@ def milliseconds(run, times: int = 20) -> float:
     return sorted(a.elapsed_time(b) for a, b in zip(marks, marks[1:]))[times // 2]
 
 
-def tile_times(hidden, layer) -> dict[str, float]:
-    """Of the fused product with other tiles than nvfp4.TILES has: is there a better one?"""
-    data, bits = nvfp4.quantized_inputs(hidden, layer), (layer.activations, 4)
-    times, chosen = {}, nvfp4.TILES[bits]
+def tile_times(layer) -> dict[str, float]:
+    """Of weights rebuilt with other tiles than nvfp4.REBUILD_TILE: is there a better one?"""
+    times, chosen = {}, nvfp4.REBUILD_TILE
     for tile in (
-        (128, 128, 128, 8, 3), (128, 128, 128, 8, 4), (128, 128, 128, 4, 3), (256, 128, 128, 8, 3),
-        (256, 64, 128, 4, 3), (128, 128, 256, 8, 2), (256, 128, 256, 8, 2), (64, 128, 128, 4, 3),
+        (16, 256, 4), (32, 128, 4), (32, 256, 4), (32, 256, 8), (64, 64, 4), (64, 128, 4),
+        (64, 128, 8), (64, 256, 8), (128, 64, 4), (128, 128, 8),
     ):  # fmt: skip
-        nvfp4.TILES[bits] = tile
-        try:
-            run = partial(nvfp4.product, *data, layer, hidden.dtype)
-            times["x".join(map(str, tile))] = milliseconds(run)
-        except Exception as error:  # noqa: BLE001  too much shared memory for this GPU
-            times["x".join(map(str, tile))] = float("nan")
-            print(tile, str(error)[:80])
-    nvfp4.TILES[bits], chosen = chosen, nvfp4.INPUT_TILE
-    for tile in (
-        (16, 128, 4, 4),
-        (16, 256, 4, 3),
-        (32, 128, 4, 4),
-        (32, 128, 8, 4),
-        (64, 128, 8, 4),
-    ):
-        nvfp4.INPUT_TILE = tile
-        name = "inputs " + "x".join(map(str, tile))
-        times[name] = milliseconds(lambda: nvfp4.quantized_inputs(hidden, layer))
-    nvfp4.INPUT_TILE = chosen
+        nvfp4.REBUILD_TILE = tile
+        times["rebuilt " + "x".join(map(str, tile))] = milliseconds(lambda: nvfp4.rebuilt(layer))
+    nvfp4.REBUILD_TILE = chosen
     return times
 
 
@@ -212,16 +194,15 @@ def test_quantized_layers_of_flux_are_right_and_timed(tokens, k, n, rank):
     hidden, fp8 = normal(tokens, k), kernels.FP8Linear(linear)
     wanted = nvfp4.fake_linear(hidden, layer).float()
     times = {"bf16": milliseconds(lambda: linear(hidden)), "fp8": milliseconds(lambda: fp8(hidden))}
-    times["inputs"] = milliseconds(lambda: nvfp4.quantized_inputs(hidden, layer))
-    for how in ("fused", "unpacked", "library") if mode == "w4a8" else ("fused",):
-        error = quant.relative(nvfp4.real_linear(hidden, layer, how).float(), wanted)
-        assert error < 0.01, (how, error)  # bf16 rounds the sum, FP8 keeps 14 bits of it
-        times[how] = milliseconds(lambda how=how: nvfp4.real_linear(hidden, layer, how))
-        times[f"{how}, no branch"] = milliseconds(
-            lambda how=how: nvfp4.real_linear(hidden, thin, how)
-        )
-    if rank == 64:
-        times |= tile_times(hidden, layer)
+    error = quant.relative(nvfp4.real_linear(hidden, layer).float(), wanted)
+    assert error < 0.01, error  # bf16 rounds the sum, FP8 keeps 14 bits of it
+    times[mode] = milliseconds(lambda: nvfp4.real_linear(hidden, layer))
+    times["no branch"] = milliseconds(lambda: nvfp4.real_linear(hidden, thin))
+    if mode == "w4a8":
+        times["rebuilt"] = milliseconds(lambda: nvfp4.rebuilt(layer))
+        times |= tile_times(layer)
+    else:
+        times["inputs"] = milliseconds(lambda: nvfp4.quantized_inputs(hidden, layer))
     row = "  ".join(f"{name} {time:.3f}" for name, time in times.items())
     print(f"\n{mode} {tokens} x {k} x {n}, rank {rank}, ms: {row}")
 
