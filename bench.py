@@ -46,8 +46,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import align
 import dcae
 import lora
+import quant
 import sample
-from models import flux, kernels, sana, training, vae, weights
+from models import flux, kernels, nvfp4, sana, training, vae, weights
 from models.data import Pictures, ahead
 from models.weights import UserError
 
@@ -85,7 +86,7 @@ class Config:
     channels_last: bool = True  # the autoencoder's memory layout
     compile: bool = False  # by torch.compile: the autoencoder; with --train the blocks
     search: bool = False  # cuDNN tries all convolutions that it has, once for each shape
-    fp8: bool = True  # also with linear layers in FP8 (lossy)
+    format: str = "fp8,nvfp4"  # DC-Gen also with linear layers in these (lossy); "": 16 bits alone
     device: str = ""  # "": cuda, then the CPU
     dtype: str = "bf16"  # bf16 | fp16, on a GPU
 
@@ -194,10 +195,11 @@ class Zoo:
         self.left_out.append(label)
         return True
 
-    def transformer(self, case: Case) -> nn.Module:
-        key = (case.family, *sorted(case.network.items()))
+    def transformer(self, case: Case, form: str = "") -> nn.Module:
+        """In 16 bits, or with its linear layers in the format `form`."""
+        key = (case.family, form, *sorted(case.network.items()))
         if key not in self.kept:
-            self.kept = {k: v for k, v in self.kept.items() if k[0] == case.family}
+            self.kept = {k: v for k, v in self.kept.items() if k[:2] == key[:2]}
             with torch.device("meta"):
                 model = (flux.Flux if case.family == "flux" else sana.Sana)(**case.network)
             other = next(iter(self.kept.values()), None)
@@ -208,6 +210,7 @@ class Zoo:
                 elif own:
                     random_weights(child, self.device, self.dtype)
             self.kept[key] = model if own else random_weights(model, self.device, self.dtype)
+            convert(model, form)
         return self.kept[key].eval()
 
     def autoencoder(self, case: Case) -> nn.Module:
@@ -390,7 +393,7 @@ def rivals(config: Config, device: torch.device) -> dict[str, Callable]:
     return rows
 
 
-# As sample.TILES and kernels.HOPPER_TILES
+# As sample.TILES and kernels.HOPPER_TILE
 TUNED = [
     (block_m, block_n, warps, stages, registers)
     for block_m, block_n, warps in ((128, 64, 8), (128, 128, 8), (64, 64, 4), (64, 128, 4))
@@ -400,13 +403,7 @@ TUNED = [
 ]
 
 
-TUNED_HOPPER = [
-    (2, 128, 2, 168),
-    (2, 64, 4, 168),
-    (1, 64, 2, 128),
-    (1, 64, 3, 128),
-    (1, 128, 2, 168),
-]
+TUNED_HOPPER = [(128, 2, 168), (64, 4, 168)]
 
 
 def measure_attention(config: Config, zoo: Zoo, found: dict) -> None:
@@ -502,10 +499,45 @@ def one_step(
     return lambda: stepper(1, noise), stepper.close
 
 
-def floor_ms(work: Work, case: Case, found: dict, fp8: bool) -> float | None:
+def formats(config: Config, device: torch.device) -> list[str]:
+    """16 bits (""), then what --format asks for and this GPU has tensor cores for."""
+    named = [name for name in config.format.split(",") if name]
+    if unknown := [name for name in named if name not in ("fp8", "nvfp4")]:
+        raise UserError(f"--format {','.join(unknown)}: wanted fp8, nvfp4 or both")
+    return ["", *(name for name in named if fp8_runs(device) and (name == "fp8" or fp4(device)))]
+
+
+def fp4(device: torch.device) -> str:
+    """How QuantLinear computes here: w4a4, w4a8, or "" for not at all."""
+    return nvfp4.pick_mode("", device).replace("fake", "")
+
+
+def convert(model: nn.Module, form: str) -> None:
+    """The linear layers of the blocks to a format. Blocks are shared: of all models of a Zoo."""
+    if form == "fp8":
+        kernels.to_fp8(model)
+    elif form == "nvfp4":
+        for path, (bits, branches) in quant.layers_of(model).items():
+            linear = model.get_submodule(path)
+            if isinstance(linear, nn.Linear):
+                weight, rank = linear.weight.float(), branches * quant.Config().rank
+                halves = quant.split(weight, torch.ones_like(weight[0]), rank, "amax")
+                nvfp4.put(model, path, quant.as_linear(linear, halves, bits))
+        nvfp4.use(model)
+
+
+def cases_of(config: Config, device: torch.device) -> Iterator[tuple[Case, str, str]]:
+    """(case, format, label): all in 16 bits, then DC-Gen-FLUX in fewer."""
+    for form in formats(config, device):
+        for case in chosen(config):
+            if not form or not case.base and case.family == "flux":
+                yield case, form, f"{case.name} {case.size} {form.upper()}".rstrip()
+
+
+def floor_ms(work: Work, case: Case, found: dict, form: str) -> float | None:
     """The operations over the best rates of this run, matched to the number of tokens."""
     tokens = case.tokens + TEXT_TOKENS[case.family]
-    rates = found.get("rates", {}).get("fp8" if fp8 else "bfloat16")
+    rates = found.get("rates", {}).get("fp8" if form else "bfloat16")
     speeds = {}  # tokens: the best rate of any attention here
     for row in found.get("attention", {}).values():
         for n, rate in row.items():
@@ -522,21 +554,15 @@ def measure_steps(config: Config, zoo: Zoo, found: dict) -> None:
     print("\nstep: one call of the transformer, batch 1; SANA: two, for guidance")
     print(f"\n{'':27}{'tokens':>7}{'TFLOP':>8}{'ms':>10}   p10-p90              n"
           f"{'TFLOP/s':>9}{'floor ms':>10}{'of it':>6}{'GiB':>7}")  # fmt: skip
-    cases = chosen(config)
-    for fp8 in (False, True) if config.fp8 and fp8_runs(zoo.device) else (False,):
-        for case in cases:
-            label = f"{case.name} {case.size}" + " FP8" * fp8
-            if fp8 and (case.base or case.family == "sana") or zoo.late(label):
-                continue
-            model = zoo.transformer(case)
-            if fp8:
-                kernels.to_fp8(model)  # the blocks are shared: from here on, of all
-            rows[label] = step_row(label, case, model, config, zoo, found, fp8)
+    for case, form, label in cases_of(config, zoo.device):
+        if not zoo.late(label):
+            model = zoo.transformer(case, form)
+            rows[label] = step_row(label, case, model, config, zoo, found, form)
     zoo.kept = {}
 
 
 def step_row(
-    label: str, case: Case, model: nn.Module, config: Config, zoo: Zoo, found: dict, fp8: bool
+    label: str, case: Case, model: nn.Module, config: Config, zoo: Zoo, found: dict, form: str
 ) -> dict:
     """Measure, print and return one line of the table."""
     if zoo.device.type == "cuda":
@@ -546,7 +572,7 @@ def step_row(
         took = measure(call, config, zoo.device)
         done()
     work = count_step(case)
-    floor = floor_ms(work, case, found, fp8)
+    floor = floor_ms(work, case, found, form)
     peak = torch.cuda.max_memory_allocated() / 2**30 if zoo.device.type == "cuda" else 0.0
     share = f"{floor:10.1f}{floor / took.median:6.0%}" if floor else f"{'':16}"
     print(f"{label:27}{case.tokens:7}{work.total / 1e12:8.1f} {took}"
@@ -633,26 +659,22 @@ def measure_pictures(config: Config, zoo: Zoo, found: dict) -> None:
     rows = found.setdefault("picture", {})
     print(f"\npicture: {config.steps} steps and the decode, batch 1; ~: from single steps; "
           f"x: over base\n\n{'':27}{'seconds':>9}{'x':>7}{'paper s':>10}{'x':>7}")  # fmt: skip
-    for fp8 in (False, True) if config.fp8 and fp8_runs(zoo.device) else (False,):
-        for case in chosen(config):
-            label = f"{case.name} {case.size}" + " FP8" * fp8
-            if fp8 and (case.base or case.family == "sana") or zoo.late(label):
-                continue
-            model, autoencoder = zoo.transformer(case), zoo.autoencoder(case)
-            if fp8:
-                kernels.to_fp8(model)
-            seconds, measured = picture_seconds(case, model, autoencoder, config, zoo)
-            base = next(
-                (c for c in CASES if (c.family, c.size, c.base) == (case.family, case.size, True))
-            )
-            over = ratio(rows.get(f"{base.name} {base.size}", {}).get("seconds"), seconds)
-            paper = f"{case.paper:10.2f}{base.paper / case.paper:7.1f}" if case.paper else ""
-            print(
-                f"{label:27}{'' if measured else '~'}{seconds:9.3f}{over or 0:7.1f}{paper}",
-                flush=True,
-            )
-            rows[label] = {"seconds": seconds, "measured": measured, "over_base": over,
-                           "paper": case.paper}  # fmt: skip
+    for case, form, label in cases_of(config, zoo.device):
+        if zoo.late(label):
+            continue
+        model, autoencoder = zoo.transformer(case, form), zoo.autoencoder(case)
+        seconds, measured = picture_seconds(case, model, autoencoder, config, zoo)
+        base = next(
+            (c for c in CASES if (c.family, c.size, c.base) == (case.family, case.size, True))
+        )
+        over = ratio(rows.get(f"{base.name} {base.size}", {}).get("seconds"), seconds)
+        paper = f"{case.paper:10.2f}{base.paper / case.paper:7.1f}" if case.paper else ""
+        print(
+            f"{label:27}{'' if measured else '~'}{seconds:9.3f}{over or 0:7.1f}{paper}",
+            flush=True,
+        )
+        rows[label] = {"seconds": seconds, "measured": measured, "over_base": over,
+                       "paper": case.paper}  # fmt: skip
     zoo.kept = {}
 
 
@@ -738,15 +760,15 @@ def measure_ladder(config: Config, zoo: Zoo, found: dict) -> None:
         model, inputs = zoo.transformer(case), zoo.inputs(case)
         print(f"\nladder, DC-Gen-FLUX {case.size}        {'ms':>9}   p10-p90              n  error")
         truth = in_fp32(model, lambda: one_step(model, inputs, off)[0]())
-        for fp8 in (False, True) if config.fp8 and fp8_runs(zoo.device) else (False,):
-            if fp8:
-                kernels.to_fp8(model)
-            for name, rung in ({"+ FP8 linears": rungs["+ CUDA graph"]} if fp8 else rungs).items():
+        for form in formats(config, zoo.device):
+            model = zoo.transformer(case, form)
+            last = {f"+ {form.upper()} linears": rungs["+ CUDA graph"]}
+            for name, rung in (last if form else rungs).items():
                 with prepared(model, rung, zoo.device), torch.no_grad():
                     call, done = one_step(model, inputs, rung)
                     error, took = relative(call(), truth), measure(call, config, zoo.device)
                     done()
-                kind = "lossy" if fp8 else "lossless"
+                kind = "lossy" if form else "lossless"
                 print(f"{name:28}{took}  {error:.2e} {kind}", flush=True)
                 rows[f"{case.size} {name}"] = {"ms": took.median, "error": error, "kind": kind}
         zoo.kept = {}

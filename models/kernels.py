@@ -839,17 +839,14 @@ def in_one_plane(heads: Tensor) -> bool:
     return stacked and aligned and heads.stride()[1::2] == (head_dim, 1)
 
 
-# From so many queries on: warpgroups (of 64 queries each), BLOCK_N, stages, registers at most. The
-# threads of a block share them: 168 x 384 are all that a multiprocessor has, 128 x 256 half of it.
-HOPPER_TILES = {0: (2, 128, 2, 168)}
+# BLOCK_N, stages, registers at most: 168 for each of 384 threads are all that a multiprocessor has.
+HOPPER_TILE = (128, 2, 168)
 
 
-def hopper_attention(q: Tensor, k: Tensor, v: Tensor, tile: tuple | None = None) -> Tensor:
+def hopper_attention(q: Tensor, k: Tensor, v: Tensor, tile: tuple = HOPPER_TILE) -> Tensor:
     """sample.attention without a mask, where `hopper_takes`: at the rate of hand-written CUDA."""
     (batch, heads, queries, head_dim), keys = q.shape, k.shape[2]
-    groups, block_n, stages, registers = (
-        tile or HOPPER_TILES[max(n for n in HOPPER_TILES if n <= queries)]
-    )
+    block_n, stages, registers = tile
     out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     planes = [
@@ -858,10 +855,10 @@ def hopper_attention(q: Tensor, k: Tensor, v: Tensor, tile: tuple | None = None)
         )
         for t, rows in ((q, 64), (k, block_n), (v, block_n))
     ]
-    hopper_attention_kernel[(triton.cdiv(queries, 64 * groups), batch * heads)](
+    hopper_attention_kernel[(triton.cdiv(queries, 128), batch * heads)](
         *planes, out, out.stride(0), out.stride(1), out.stride(2), queries, keys, heads,
-        1.4426950408889634 * head_dim**-0.5, GROUPS=groups, BLOCK_N=block_n, HEAD_DIM=head_dim,
-        STAGES=stages, num_warps=4, maxnreg=registers,
+        1.4426950408889634 * head_dim**-0.5, BLOCK_N=block_n, HEAD_DIM=head_dim, STAGES=stages,
+        num_warps=4, maxnreg=registers,
     )  # fmt: skip
     return out
 
@@ -885,75 +882,61 @@ def softmax_block(logits, scale, top, total):
 @gluon_jit
 def hopper_attention_kernel(
     q, k, v, out, out_batch, out_head, out_row, queries, keys, heads, scale,
-    GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """sample.attention_kernel by warps with roles: one fetches, one or two groups of four compute.
+    """sample.attention_kernel by warps with roles: one fetches, two groups of four compute.
 
     Each group owns 64 queries (`consume`). They meet at no barrier of the block: a tile is `full`
     when the copy has arrived, and `empty` when all groups have read it. What the fetching warp
     leaves of its registers the others get. Roles: FlashAttention-3, arXiv 2407.08608.
     """
-    q_tiles = gl.allocate_shared_memory(q.dtype, [GROUPS, 64, HEAD_DIM], q.layout)
+    q_tiles = gl.allocate_shared_memory(q.dtype, [2, 64, HEAD_DIM], q.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, BLOCK_N, HEAD_DIM], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, BLOCK_N, HEAD_DIM], v.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(GROUPS):
+    for i in gl.static_range(2):
         mbarrier.init(q_full.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=GROUPS)
-        mbarrier.init(v_empty.index(i), count=GROUPS)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_empty.index(i), count=2)
 
-    start = gl.program_id(0) * 64 * GROUPS
+    start = gl.program_id(0) * 128
     batch, head = gl.program_id(1) // heads, gl.program_id(1) % heads
     column, blocks = head * HEAD_DIM, gl.cdiv(keys, BLOCK_N)
     last = batch * keys + (blocks - 1) * BLOCK_N  # row of the last block, the first processed
     out += batch.to(gl.int64) * out_batch + head * out_head
     row = batch * queries + start
-    if GROUPS == 2:
-        gl.warp_specialize(
-            [
-                (consume, (
-                    0, out, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
-                    out_row, start, queries, keys, blocks, scale, BLOCK_N, HEAD_DIM, STAGES)),
-                (consume, (
-                    1, out, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
-                    out_row, start, queries, keys, blocks, scale, BLOCK_N, HEAD_DIM, STAGES)),
-                (produce, (
-                    q, k, v, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
-                    row, last, column, blocks, GROUPS, BLOCK_N, STAGES)),
-            ],
-            [4, 1],
-            [240, 24],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (consume, (
-                    0, out, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
-                    out_row, start, queries, keys, blocks, scale, BLOCK_N, HEAD_DIM, STAGES)),
-                (produce, (
-                    q, k, v, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
-                    row, last, column, blocks, GROUPS, BLOCK_N, STAGES)),
-            ],
-            [1],
-            [24],
-        )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (consume, (
+                0, out, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
+                out_row, start, queries, keys, blocks, scale, BLOCK_N, HEAD_DIM, STAGES)),
+            (consume, (
+                1, out, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
+                out_row, start, queries, keys, blocks, scale, BLOCK_N, HEAD_DIM, STAGES)),
+            (produce, (
+                q, k, v, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
+                row, last, column, blocks, BLOCK_N, STAGES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
 
 
 @gluon_jit
 def produce(
     q, k, v, q_tiles, k_tiles, v_tiles, q_full, k_full, v_full, k_empty, v_empty,
     q_row, last, column, blocks,
-    GROUPS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Fetch the queries of every group, then keys and values into whatever is empty."""
-    for i in gl.static_range(GROUPS):
+    for i in gl.static_range(2):
         fetch(q, q_row + 64 * i, column, q_full.index(i), q_tiles.index(i), True)
     for j in range(0, blocks):
         slot, turn = j % STAGES, (j // STAGES) & 1

@@ -117,21 +117,29 @@ def test_the_floor_is_operations_over_rates(small):
     found["attention"] = {"a": {"1536": 1.0, "4608": 3.0}, "b": {"1536": 2.0, "4608": 1.0}}
     work = bench.Work(products=8e12, attention=6e12)
     case = replace(SMALL[0], size=1024)  # 4096 tokens and 512 of text
-    assert bench.floor_ms(work, case, found, False) == pytest.approx(1000 * (8 / 4 + 6 / 3))
-    assert bench.floor_ms(work, case, found, True) == pytest.approx(1000 * (8 / 8 + 6 / 3))
-    assert bench.floor_ms(work, case, {}, False) is None
+    assert bench.floor_ms(work, case, found, "") == pytest.approx(1000 * (8 / 4 + 6 / 3))
+    assert bench.floor_ms(work, case, found, "fp8") == pytest.approx(1000 * (8 / 8 + 6 / 3))
+    assert bench.floor_ms(work, case, {}, "") is None
 
 
 def test_the_ladder_knows_lossless_from_lossy(small, monkeypatch, capsys):
     monkeypatch.setattr(bench, "fp8_runs", lambda device: True)
+    monkeypatch.setattr(bench, "fp4", lambda device: "w4a8")
     monkeypatch.setattr(kernels, "runs_on", lambda device: False)  # the interpreter takes minutes
     found = {}
     bench.measure_ladder(replace(CONFIG, models="flux"), small, found)
     rows = {name.removeprefix("1024 "): row for name, row in found["ladder"].items()}
     assert list(rows) == ["eager", "+ Triton attention", "+ fused kernels", "+ hoisting",
-                          "+ CUDA graph", "+ FP8 linears"]  # fmt: skip
+                          "+ CUDA graph", "+ FP8 linears", "+ NVFP4 linears"]  # fmt: skip
     assert all(row["error"] < 1e-5 for row in rows.values() if row["kind"] == "lossless")
-    assert rows["+ FP8 linears"]["kind"] == "lossy" and rows["+ FP8 linears"]["error"] > 1e-3
+    fp8, nvfp4 = (rows[f"+ {name} linears"] for name in ("FP8", "NVFP4"))
+    assert fp8["kind"] == nvfp4["kind"] == "lossy"
+    assert 1e-3 < fp8["error"] < nvfp4["error"] < 0.2
+
+
+def test_a_format_that_is_none_is_refused(small):
+    with pytest.raises(UserError, match="--format int4: wanted fp8, nvfp4"):
+        bench.measure_steps(replace(CONFIG, format="fp8,int4"), small, {})
 
 
 def test_the_truth_in_fp32_leaves_the_model_as_it_was():
