@@ -1,8 +1,8 @@
 """Embedding alignment: stages 1 and 2 of moving a diffusion transformer to another autoencoder.
 
-What    python align.py, then python lora.py. Gives a pretrained FLUX two new doors: an embedder
-        that reads the latents of a deep-compression autoencoder, and an output head that writes
-        them. The blocks between stay frozen: they hold what the model knows.
+What    python align.py, then python lora.py. Gives a pretrained FLUX or SANA two new doors: an
+        embedder that reads the latents of a deep-compression autoencoder, and an output head that
+        writes them. The blocks between stay frozen: they hold what the model knows.
 Why     A fresh embedder feeds those blocks noise. Fine-tuning then first destroys what they know,
         and the paper's models without alignment never recover (FID 456 against 8 on DiT-XL).
 How     Stage 1: the new embedding of an image is to be the base's, averaged over the base tokens
@@ -16,7 +16,8 @@ How     Stage 1: the new embedding of an image is to be the base's, averaged ove
         That is not what noise - latents is the mean of, so (2) is applied to the velocity recovered
             v(text) = [v(text, g) + (g - 1) v(null, g)] / g                                      (3)
         from two passes, the second without a gradient: empty captions among the data train it.
-        Applied to v(text, g) itself, (2) would unlearn the guidance.
+        Applied to v(text, g) itself, (2) would unlearn the guidance. SANA takes no g: the sampler
+        extrapolates from v(null) to v(text), and (2) is applied as it stands to both.
 Cost    The toy: see the README. Only the doors have gradients to keep: 0.1 M of 4 M parameters.
 Source  DC-Gen, arXiv 2509.25180: embedding alignment, and eq. 3-7 with w = g - 1.
 Differs Stage 1 sees clean latents only: with independent noise on both sides (1) becomes a ridge
@@ -47,7 +48,7 @@ from models.weights import UserError
 @dataclass(frozen=True)
 class Config(training.Options):
     model: str = "flux-toy"  # the base: a name in sample.MODELS or a path
-    autoencoder: str = "dc-ae-f32c32-toy"  # the new latent space
+    autoencoder: str = ""  # the new latent space: a preset or a path; "": for the toys, DEEPER
     data: str = ""  # a folder of images with same-stem .txt captions; "": the toy world
     weights: str = ""  # a folder to look in instead of the hub
     resolution: int = 0  # pixels, height = width; 0: the model's own
@@ -69,11 +70,26 @@ class Config(training.Options):
     out: str = ""  # "": runs/<model>
 
 
+# Which latent space follows on which, where --autoencoder names none.
+DEEPER = {"flux-vae-toy": "dc-ae-f32c32-toy", "dc-ae-f32c32-toy": "dc-ae-f64c128-toy"}
+
 # For official models, unless flags say otherwise. Steps as in the paper, the rest is customary.
 LARGE = dict(
     embed_steps=2000, embed_lr=1e-3, embed_batch=64, steps=10_000, lr=1e-4, shift=0.0,
     micro_batch=2, checkpointing=True, warmup=200, save_every=500, preview_every=1000,
 )  # fmt: skip
+
+
+def settle_autoencoder(config):
+    """config with --autoencoder filled in."""
+    own = sample.describe(config.model)["autoencoder"]
+    name = config.autoencoder or DEEPER.get(own)
+    if not name:
+        raise UserError(
+            f"--autoencoder is missing: wanted the one that {config.model} is to move to from "
+            f"{own}, one of {', '.join(dcae.PRESETS)}, or a path"
+        )
+    return replace(config, autoencoder=name)
 
 
 # ---- data
@@ -112,11 +128,11 @@ def prepare(config, spec: dict, names: list[str], source, out: Path, device, dty
     if spec["text"] == "toy":
         captions = [toy.known_words(caption) for caption in captions]
     cache = out / "cache"
-    words = (spec["text"], sample.text_source(spec, config.weights))
+    words = (sample.text_kind(spec), sample.text_source(spec, config.weights))
     words = data.encode_captions(*words, captions, cache, device, dtype)
     encoders = [open_autoencoder(name, config, device, dtype) for name in names]
     latents = [data.encode(source, encoder, cache) for encoder in encoders]
-    return data.assemble(source, captions, latents, words, guided=spec["text"] != "sana")
+    return data.assemble(source, captions, latents, words, guided=not sample.is_sana(spec))
 
 
 def draw_batch(
@@ -404,7 +420,7 @@ def show_and_score(
 ) -> tuple[dict[str, dict], dict[str, Tensor], list[str]]:
     """Scores by task (toy) and pictures of the same seeds, for each (model, decoder, shift)."""
     prompts = toy.draw_prompts(max(config.per_task, 1), seed=7)
-    encoder = text.ToyText.from_pretrained(spec["repo"], device)
+    encoder = text.TOYS[sample.text_kind(spec)].from_pretrained(spec["repo"], device)
     scores, pictures = {}, {}
     for name, (model, autoencoder, shift) in contestants.items():
         rates, images = toy.evaluate(
@@ -471,6 +487,7 @@ def main() -> None:
     config = weights.parse_config(Config, __doc__)
     if sample.describe(config.model)["text"] != "toy":
         config = weights.parse_config(Config, __doc__, defaults=LARGE)
+    config = settle_autoencoder(config)
     device = training.start(config.device)
     out = Path(config.out or f"runs/{Path(config.model).stem}")
     with training.locked(out):
@@ -564,7 +581,7 @@ def run(config: Config, out: Path, device: torch.device) -> None:
     print("held-out flow loss   " + "   ".join(f"{k} {v:.3f}" for k, v in losses.items()))
     print_distances(distances)
     print_scores(scores)
-    print(f"\nsaved  {'  '.join(files)}\nnext   python lora.py")
+    print(f"\nsaved  {'  '.join(files)}\nnext   python lora.py --model {config.model}")
     figures = dict(
         stage="align",
         explained=share,

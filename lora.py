@@ -38,6 +38,7 @@ from align import (
     preview,
     print_estimate,
     print_scores,
+    settle_autoencoder,
     show_and_score,
     takes_guidance,
     tokens_covered,
@@ -53,7 +54,7 @@ from models.weights import UserError
 class Config(training.Options):
     model: str = "flux-toy"  # the base: a name in sample.MODELS or a path
     aligned: str = ""  # align.py's file; "": runs/<model>/align.safetensors; none: fresh doors
-    autoencoder: str = "dc-ae-f32c32-toy"  # only for --aligned none: else the file tells
+    autoencoder: str = ""  # only for --aligned none, as in align.py: else the file tells
     data: str = ""  # a folder of images with same-stem .txt captions; "": the toy world
     weights: str = ""  # a folder to look in instead of the hub
     resolution: int = 0  # pixels, height = width; 0: the model's own
@@ -236,7 +237,8 @@ def load_aligned(config: Config, out: Path, spec: dict, device, dtype) -> nn.Mod
 def find_aligned(config: Config, out: Path) -> dict:
     """What sample.describe says of align.py's file: its base, its autoencoder and its shift."""
     if config.aligned == "none":
-        return sample.describe(config.model, config.autoencoder) | {"shift": 2.0}
+        autoencoder = settle_autoencoder(config).autoencoder
+        return sample.describe(config.model, autoencoder) | {"shift": 2.0}
     path = Path(config.aligned or out / "align.safetensors")
     if not path.exists():
         raise UserError(f"{path} is missing: run `python align.py --model {config.model}` first")

@@ -324,7 +324,7 @@ def plan(
         null_cond,
         (channels, *grid),
         sample.timesteps(settings.steps, spec["schedule"], tokens, channels, spec.get("shift")),
-        settings.guidance if null_cond or spec["text"] != "sana" else None,
+        settings.guidance if null_cond or not sample.is_sana(spec) else None,
         spec["solver"],
         config.seed * 10_000,
         64 if spec["text"] == "toy" else 1,

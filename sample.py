@@ -491,16 +491,19 @@ def known_before(
 # ---- model
 
 TOY = dict(text="toy", repo="text-toy", schedule="flux", solver="euler", steps=16, guidance=4.0)
+SANA_TOY = dict(TOY, family="sana", schedule="sana-euler")
 FLUX = dict(text="flux", schedule="flux", solver="euler", steps=28, guidance=3.5, size=1024)
 DC_GEN = dict(FLUX, steps=20)
 SANA = dict(text="sana", schedule="sana-dpm", shift=3.0, solver="dpm", steps=20, guidance=4.5)
 SANA_1K = "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
+# `text` names the encoders and tells the toy world; `family` the transformer, where these do not.
 # `repo` has the text encoders, and the autoencoder unless that is named: it is the hub's pipeline
 # with the transformer, unless it is named too. `shift` replaces the ratio r of the schedule.
 MODELS = {
     "flux-toy": dict(TOY, size=128, autoencoder="flux-vae-toy", shift=4.0),
     "dc-gen-toy": dict(TOY, size=128, autoencoder="dc-ae-f32c32-toy", shift=2.0),
     "dc-gen-toy-f64": dict(TOY, size=128, autoencoder="dc-ae-f64c128-toy", shift=2.0),
+    "sana-toy": dict(SANA_TOY, size=128, autoencoder="dc-ae-f32c32-toy", shift=2.0),
     "flux-dev": FLUX,
     "flux-krea": dict(FLUX, guidance=4.5),
     "flux-schnell": dict(FLUX, text="schnell", schedule="schnell", steps=4),
@@ -533,6 +536,16 @@ def describe(model: str, autoencoder: str = "") -> dict:
         names = ", ".join(MODELS)
         raise UserError(f"{model!r} is no file, no folder and no name; names: {names}")
     return spec | ({"autoencoder": autoencoder} if autoencoder else {})
+
+
+def is_sana(spec: dict) -> bool:
+    """Is the transformer a Sana, guided by two passes? Otherwise a Flux, which takes no null_cond."""
+    return spec.get("family", spec["text"]) == "sana"
+
+
+def text_kind(spec: dict) -> str:
+    """What models/text.py calls the encoders of this model."""
+    return "sana-toy" if spec["text"] == "toy" and is_sana(spec) else spec["text"]
 
 
 # What a scheduler may say of itself to be one of ours; a word not listed here does not matter.
@@ -599,7 +612,12 @@ def describe_weights(path: Path) -> dict:
             guidance = any("guidance" in other for other in checkpoint.shapes)
             return describe_flux(shape[1], guidance) | here
     told = told or sana.told_by_names(checkpoint.shapes) or {}
-    fits = {k: p["config"] for k, p in sana.PRESETS.items() if p["config"].items() <= told.items()}
+    if told.get("caption_channels", 2304) != 2304:  # not Gemma's width
+        return describe("sana-toy") | here
+    configs = {
+        name: preset["config"] for name, preset in sana.PRESETS.items() if "config" in preset
+    }
+    fits = {name: config for name, config in configs.items() if config.items() <= told.items()}
     closest = max(fits, key=lambda name: len(fits[name]), default="sana-1.6b")
     return describe(closest) | here
 
@@ -629,7 +647,7 @@ def load_transformer(
 ) -> nn.Module:
     if spec.get("stage") == "quant":
         return nvfp4.load(spec["transformer"], device, dtype)
-    cls = sana.Sana if spec["text"] == "sana" else flux.Flux
+    cls = sana.Sana if is_sana(spec) else flux.Flux
     return cls.from_pretrained(spec["transformer"], device, dtype, weights=folder or None).eval()
 
 
@@ -658,10 +676,10 @@ def encode_text(
 ) -> tuple[text.Cond, text.Cond]:
     """(cond, null_cond) on the CPU; null_cond is empty unless SANA is guided."""
     repo = text_source(spec, config.weights)
-    guided = spec["text"] == "sana" and config.guidance > 1
+    guided = is_sana(spec) and config.guidance > 1
     negatives = [config.negative_prompt] if guided else []
     cache = config.text_cache or None
-    return text.encode(spec["text"], repo, prompts, negatives, device, dtype, cache)
+    return text.encode(text_kind(spec), repo, prompts, negatives, device, dtype, cache)
 
 
 # ---- picture
@@ -823,7 +841,7 @@ def read_recipe(config: Config) -> tuple[Config, Tensor | None]:
 
 def complete(config: Config, spec: dict, device: torch.device) -> Config:
     """Every default filled in, so that the recipe in the PNG needs none."""
-    if config.negative_prompt and spec["text"] != "sana":
+    if config.negative_prompt and not is_sana(spec):
         raise UserError("--negative-prompt is for SANA: FLUX is guidance-distilled and takes none")
     steps = spec["steps"] if config.steps is None else config.steps
     guidance = spec["guidance"] if config.guidance is None else config.guidance
@@ -954,7 +972,7 @@ def main() -> None:
             noise = draw_noise([seed for _, seed in jobs[rows]], (channels, *grid)).to(device)
             words = tuple(c[rows].to(device) for c in cond)
             null = tuple(c.expand(len(noise), *c.shape[1:]).to(device) for c in null_cond) or None
-            guidance = config.guidance if null or spec["text"] != "sana" else None
+            guidance = config.guidance if null or not is_sana(spec) else None
             times = [clock(device)]
             how = (guidance, null, spec["solver"], bar, stepper)
             latents = sample(transformer, words, noise, sigmas, *how)

@@ -551,7 +551,7 @@ def encode_captions(
 ) -> tuple[list[str], tuple, tuple]:
     """(the distinct captions, their cond, null_cond): tensors (toy), or rows that stay on disk."""
     distinct = sorted(set(captions))
-    if kind == "toy":
+    if kind in text.TOYS:
         cond, _ = text.encode(kind, repo, ["", *distinct], device=device)
         return distinct, tuple(c[1:] for c in cond), tuple(c[:1] for c in cond)
     # SANA's unconditional prompt goes without instruction, like a negative one.

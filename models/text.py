@@ -1,8 +1,8 @@
 """Prompts to conditioning.
 
 A text encoder turns prompts into `cond`, the tuple that its transformer takes after the timestep:
-    toy, FLUX   text (B, L, D), pooled_text (B, D')
-    SANA        text (B, L, D), text_mask (B, L), True where a token is real
+    FLUX   text (B, L, D), pooled_text (B, D')
+    SANA   text (B, L, D), text_mask (B, L), True where a token is real
 The encoders are larger than what a GPU has left beside the transformer (T5-XXL: 4.8 B parameters),
 and prompts are few: `encode` loads them, uses them, frees them, and can keep the results in a file.
 """
@@ -48,7 +48,7 @@ User Prompt: """
 
 
 class ToyText(nn.Module):
-    """A small transformer over a closed vocabulary, trained together with the toy base."""
+    """A small transformer over a closed vocabulary, trained together with the toy FLUX."""
 
     def __init__(
         self,
@@ -123,6 +123,17 @@ class ToyText(nn.Module):
         weights.assign(model, rows, checkpoint, device=device, dtype=dtype)
         return model.eval().requires_grad_(False)
 
+
+class SanaToyText(ToyText):
+    """The same encoder for the toy SANA, which wants to know where the words end instead."""
+
+    def encode(self, prompts: list[str], negative: bool = False) -> Cond:
+        """Prompts -> (text, text_mask); the empty prompt is the unconditional one."""
+        tokens = self.tokenize(prompts).to(self.positions.device)
+        return self(tokens)[0], tokens != 0
+
+
+TOYS = {"toy": ToyText, "sana-toy": SanaToyText}
 
 # ---- the encoders of FLUX and SANA
 
@@ -223,12 +234,13 @@ def encode(
 ) -> tuple[Cond, Cond]:
     """cond of `prompts` and of `negatives` (SANA's are encoded differently), on the CPU.
 
-    kind: toy | flux | schnell | sana; source: a file or preset (toy), a pipeline folder or hub id.
+    kind: toy | sana-toy | flux | schnell | sana; source: a file or preset (toys), a pipeline folder
+    or hub id.
     cache: a safetensors file of earlier results; the encoders are loaded for what it lacks only.
     """
     wanted = [(p, False) for p in prompts] + [(p, True) for p in negatives]
     keys = {pair: cache_key(kind, source, dtype, pair) for pair in wanted}
-    cache = None if kind == "toy" else cache  # the toy's encoder is cheaper than a look-up
+    cache = None if kind in TOYS else cache  # the toy's encoder is cheaper than a look-up
     known = {}
     if cache and Path(cache).exists():
         stored = weights.open_checkpoint(Path(cache), None)
@@ -264,8 +276,8 @@ def encode_each(
 def open_encoder(
     kind: str, source: str, device: torch.device, dtype: torch.dtype
 ) -> "ToyText | FluxText | SanaText":
-    if kind == "toy":
-        return ToyText.from_pretrained(source, device, dtype)
+    if kind in TOYS:
+        return TOYS[kind].from_pretrained(source, device, dtype)
     folder = Path(source)
     if not folder.exists():
         parts = ["tokenizer*/*", "text_encoder*/*.json", "text_encoder*/*.safetensors"]

@@ -33,14 +33,14 @@ from torch import Tensor, nn
 from dcae import DCAE
 from models import training, weights
 from models.flux import Flux, sinusoid
-from models.text import ToyText
+from models.sana import QK_NORM, Sana
+from models.text import SanaToyText, ToyText
 from models.vae import FluxVAE
-from sample import draw_noise, sample, timesteps
+from sample import MODELS, draw_noise, sample, timesteps
 
 HERE = Path(__file__).parent / "toy"
 SIZE = 128  # pixels, height = width
 MAX_OBJECTS = 3
-BASE_SHIFT = 4.0  # of the base's timesteps, as in sample.MODELS
 
 SHAPES = ["circle", "square", "triangle", "cross", "ring", "heart", "blob"]
 BLOB = SHAPES.index("blob")  # a random smooth outline: teaches geometry in general, is never scored
@@ -537,12 +537,19 @@ def compiled(function):
 
 
 def train(
-    loss_fn, modules: list[nn.Module], seconds: float, lr: float, label: str
+    loss_fn,
+    modules: list[nn.Module],
+    seconds: float,
+    lr: float,
+    label: str,
+    mixed: bool = True,
+    keep=None,
 ) -> list[nn.Module]:
     """Minimise loss_fn() for a time, and return copies of the modules with averaged weights (EMA).
 
     loss_fn draws its own batch, on the device, so that a whole step is two captured graphs; between
-    them the gradients are averaged over the GPUs that torchrun started.
+    them the gradients are averaged over the GPUs that torchrun started. mixed: bf16 matmuls on a
+    GPU, else TF32. keep(averaged modules) is called once a minute, should the job be cut short.
     """
     params = [p for m in modules for p in m.parameters() if p.requires_grad]
     averaged = copy.deepcopy(modules)
@@ -560,14 +567,17 @@ def train(
     def differentiate():
         gradient.zero_()
         with torch.autocast(
-            device.type, torch.bfloat16, device.type == "cuda", cache_enabled=False
+            device.type, torch.bfloat16, mixed and device.type == "cuda", cache_enabled=False
         ):
             loss = loss_fn()
         loss.backward()
         mean_loss.lerp_(loss.detach().float(), 0.01)
 
     def update():
-        gradient.mul_((1 / (gradient.norm() + 1e-6)).clamp(max=1))
+        norm = gradient.norm()
+        gradient.mul_((1 / (norm + 1e-6)).clamp(max=1))
+        # One batch that overflows would be the end: there is nobody to look in between.
+        gradient.copy_(torch.where(norm.isfinite(), gradient, 0.0))
         optimizer.step()
         with torch.no_grad():
             moves = torch._foreach_sub(params, averages)
@@ -576,7 +586,7 @@ def train(
 
     # The rehearsals are at rate 0: nothing moves yet.
     differentiate, update = (training.captured(step) for step in (differentiate, update))
-    start, steps = time.time(), 0
+    start, steps, kept = time.time(), 0, time.time()
     done = torch.zeros((), device=device)
     while done < 1:
         # Linear warm-up over 500 steps, then flat, then linear to zero over the last 40%.
@@ -594,6 +604,9 @@ def train(
             dist.broadcast(done, 0)  # all GPUs stop at the same step
         if steps % 2000 == 0 and is_first():
             print(f"{label} {steps:6d} {done:4.0%} loss {mean_loss.item():.4f}", flush=True)
+        if keep and is_first() and time.time() - kept > 60:
+            keep(averaged)
+            kept = time.time()
     return averaged
 
 
@@ -694,6 +707,7 @@ class Captioned:
     latents: Tensor
     tokens: Tensor
     null: Tensor  # (1, L), the empty caption
+    level: float  # mean logit of the timestep
 
     def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """noisy latents, timestep, caption tokens (10% of them empty), velocity."""
@@ -701,11 +715,15 @@ class Captioned:
         rows = torch.randint(len(self.latents), (batch,), device=device)
         dropped = torch.rand(batch, 1, device=device) < 0.1
         latents = self.latents[rows].float()
-        # Thousands of latent numbers show the layout through much noise: it is settled above 0.9.
-        timestep = torch.sigmoid(1.3 * torch.randn(batch, device=device) + 1.2)
+        timestep = torch.sigmoid(1.3 * torch.randn(batch, device=device) + self.level)
         noise, t = torch.randn_like(latents), timestep[:, None, None, None]
         words = torch.where(dropped, self.null, self.tokens[rows])
         return (1 - t) * latents + t * noise, timestep, words, noise - latents
+
+
+# The 4096 latent numbers of f8 show the layout through much noise: it is settled above 0.9. The
+# 512 of f32 do not.
+LEVELS = {8: 1.2, 32: 0.7}
 
 
 def encode_scenes(autoencoder, text, n: int) -> Captioned:
@@ -719,23 +737,26 @@ def encode_scenes(autoencoder, text, n: int) -> Captioned:
             images = draw(on_device(scenes[np.arange(i, min(i + 1000, n))], device))[0]
             latents.append(encode(images).bfloat16())
     tokens = text.tokenize([*captions(scenes, seed), ""]).to(device)
-    return Captioned(torch.cat(latents), tokens[:-1], tokens[-1:])
+    level = LEVELS[autoencoder.stride]
+    return Captioned(torch.cat(latents), tokens[:-1], tokens[-1:], level)
 
 
-def reader(flux, text):
-    """flux for caption tokens, compiled: (noisy, timestep, tokens, guidance) -> velocity."""
-    return compiled(lambda noisy, t, tokens, g: flux(noisy, t, *text(tokens), g).float())
+def reader(model, text):
+    """The base for caption tokens, compiled: (noisy, timestep, tokens, guidance) -> velocity."""
+    if isinstance(model, Sana):  # its guidance is two passes
+        return compiled(lambda x, t, tokens, _: model(x, t, text(tokens)[0], tokens != 0).float())
+    return compiled(lambda noisy, t, tokens, g: model(noisy, t, *text(tokens), g).float())
 
 
-def train_base(flux, text, scenes: Captioned, seconds: float, batch: int, lr: float):
+def train_base(model, text, scenes: Captioned, seconds: float, batch: int, lr: float, **how):
     """Flow matching on captions; guidance 1 stands for the conditional velocity itself."""
-    run, one = reader(flux, text), torch.ones(batch, device=scenes.null.device)
+    run, one = reader(model, text), torch.ones(batch, device=scenes.null.device)
 
     def loss_fn():
         noisy, timestep, words, velocity = scenes.draw(batch)
         return F.mse_loss(run(noisy, timestep, words, one), velocity)
 
-    return train(loss_fn, [flux, text], seconds, lr, "flux")
+    return train(loss_fn, [model, text], seconds, lr, type(model).__name__.lower(), **how)
 
 
 def distill_guidance(flux, text, scenes: Captioned, seconds: float, batch: int, lr: float):
@@ -795,13 +816,18 @@ CONFIGS = {
         attention_head_dim=32, axes_dims_rope=[4, 14, 14], joint_attention_dim=128,
         pooled_projection_dim=128, guidance_embeds=True,
     ),
+    "sana": dict(
+        in_channels=32, out_channels=32, num_layers=4, num_attention_heads=4,
+        attention_head_dim=32, num_cross_attention_heads=4, cross_attention_head_dim=32,
+        cross_attention_dim=128, caption_channels=128, sample_size=4, qk_norm=QK_NORM,
+    ),
     "text": dict(vocabulary=VOCABULARY, width=128, layers=2, heads=4, length=14),
 }  # fmt: skip
 
 
 @torch.no_grad()
 def evaluate(
-    flux,
+    model,
     autoencoder,
     text,
     prompts: list[Prompt],
@@ -811,15 +837,20 @@ def evaluate(
     batch: int = 100,
     seed: int = 0,
 ) -> tuple[dict, Tensor]:
-    """Rates by task, and the pictures. Prompt i has seed `seed + i`."""
-    device = next(flux.parameters()).device
+    """Rates by task, and the pictures. Prompt i has seed `seed + i`.
+
+    text: what the model takes, a ToyText for FLUX and a SanaToyText for SANA.
+    """
+    device, guided = next(model.parameters()).device, isinstance(model, Sana)
     side, channels = SIZE // autoencoder.stride, autoencoder.latent_channels
-    sigmas = timesteps(steps, "flux", tokens=(side // flux.patch_size) ** 2, shift=shift)
+    schedule, tokens = "sana-euler" if guided else "flux", (side // model.patch_size) ** 2
+    sigmas = timesteps(steps, schedule, tokens=tokens, shift=shift)
     images = []
     for i in range(0, len(prompts), batch):
         cond = text.encode([p.text for p in prompts[i : i + batch]])
+        null = text.encode([""] * len(cond[0])) if guided else None
         noise = draw_noise(list(range(seed + i, seed + i + len(cond[0]))), (channels, side, side))
-        latents = sample(flux, cond, noise.to(device), sigmas, guidance)
+        latents = sample(model, cond, noise.to(device), sigmas, guidance, null)
         few = latents.split(batch if latents.is_cuda else 8)  # as many as a CPU's caches hold
         images += [autoencoder.decode(part) for part in few]
     images = torch.cat(images)
@@ -838,7 +869,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = ["flux-vae", "dc-ae-f32c32", "dc-ae-f64c128", "flux", "score"]
+    kinds = ["flux-vae", "dc-ae-f32c32", "dc-ae-f64c128", "flux", "sana", "score"]
     parser.add_argument("what", choices=kinds)
     parser.add_argument("--seconds", type=float, default=150, help="of training, on each GPU")
     parser.add_argument("--batch", type=int, default=256, help="on each GPU")
@@ -850,8 +881,8 @@ def main() -> None:
         "--last-seconds", type=float, default=50,
         help="then: autoencoders train the decoder alone, flux distils guidance",
     )  # fmt: skip
-    parser.add_argument("--resume", action="store_true", help="flux: go on from what is in --out")
-    parser.add_argument("--scenes", type=int, default=400_000, help="for flux, on each GPU")
+    parser.add_argument("--resume", action="store_true", help="bases: go on from what is in --out")
+    parser.add_argument("--scenes", type=int, default=400_000, help="for bases, on each GPU")
     parser.add_argument("--per-task", type=int, default=50, help="prompts of each task to score by")
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
@@ -863,9 +894,11 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if args.what == "flux":
         make_base(args)
+    elif args.what == "sana":
+        make_sana(args)
     elif args.what != "score":
         make_autoencoder(args)
-    if args.what in ("flux", "score") and is_first():
+    if args.what in ("flux", "sana", "score") and is_first():
         print_scores(args)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -890,6 +923,34 @@ def make_base(args) -> None:
             write("text", text, args.out)
 
 
+def make_sana(args) -> None:
+    """The second base: SANA on f32 latents. It reads with the first one's encoder, as that is."""
+    device = weights.pick_device()
+    autoencoder = DCAE.from_pretrained(part("dc-ae-f32c32", args), device)
+    text = ToyText.from_pretrained(part("text", args), device)
+    sana = Sana(**CONFIGS["sana"]).to(device)
+    nn.init.zeros_(sana.final_layer.linear.weight)
+    if args.resume:
+        trained = Sana.from_pretrained(args.out / "sana.safetensors", device)
+        sana.load_state_dict(trained.state_dict())
+    scenes = encode_scenes(autoencoder, text, args.scenes)
+
+    def keep(modules: list[nn.Module]) -> None:
+        write("sana", modules[0], args.out)
+
+    # In TF32: on a GPU the bf16 steps of this one ended in NaN.
+    how = dict(mixed=False, keep=keep)
+    trained = train_base(sana, text, scenes, args.seconds, args.batch, args.lr, **how)
+    if is_first():
+        keep(trained)
+
+
+def part(name: str, args) -> Path:
+    """What a base is made with: from --out, or else from here."""
+    file = args.out / f"{name}.safetensors"
+    return file if file.exists() else HERE / file.name
+
+
 def make_autoencoder(args) -> None:
     cls = FluxVAE if args.what == "flux-vae" else DCAE
     autoencoder = cls(**CONFIGS[args.what])
@@ -906,14 +967,21 @@ def print_scores(args) -> None:
         if (file := args.out / f"{what}.safetensors").exists():
             figures = check_autoencoder(cls.from_pretrained(file, device))
             print(json.dumps(dict(what=what, **figures)), flush=True)
-    autoencoder = FluxVAE.from_pretrained(args.out / "flux-vae.safetensors", device)
-    flux = Flux.from_pretrained(args.out / "flux.safetensors", device)
-    text = ToyText.from_pretrained(args.out / "text.safetensors", device)
     prompts = draw_prompts(args.per_task, seed=0)
-    for guidance in (1.0, 2.0, 3.0, 4.0):
-        rates, _ = evaluate(flux, autoencoder, text, prompts, guidance, shift=BASE_SHIFT)
-        rates = {task: round(rate, 3) for task, rate in rates.items()}
-        print(json.dumps(dict(what="flux", guidance=guidance, **rates)), flush=True)
+    for what, autoencoder, classes in (
+        ("flux", "flux-vae", (Flux, FluxVAE, ToyText)),
+        ("sana", "dc-ae-f32c32", (Sana, DCAE, SanaToyText)),
+    ):
+        file = args.out / f"{what}.safetensors"
+        if args.what not in (what, "score") or not file.exists():
+            continue
+        files = (file, part(autoencoder, args), part("text", args))
+        parts = [cls.from_pretrained(f, device) for cls, f in zip(classes, files)]
+        for guidance in (1.0, 2.0, 3.0, 4.0, 5.0):
+            shift = MODELS[f"{what}-toy"]["shift"]
+            rates, _ = evaluate(*parts, prompts, guidance, shift=shift)
+            rates = {task: round(rate, 3) for task, rate in rates.items()}
+            print(json.dumps(dict(what=what, guidance=guidance, **rates)), flush=True)
 
 
 if __name__ == "__main__":

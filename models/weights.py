@@ -141,7 +141,8 @@ def locate(
     if "path" in preset:
         path = ROOT / preset["path"]
         if not path.exists():
-            raise UserError(f"{path} of preset {name} is missing: `git checkout {preset['path']}`")
+            cure = preset.get("made_by", f"git checkout {preset['path']}")
+            raise UserError(f"{path} of preset {name} is missing: `{cure}`")
     elif weights is not None:
         path = in_folder(Path(weights), preset)
     else:

@@ -12,7 +12,9 @@ from torch import nn
 
 import align
 from align import Batch, Config, Pictures
+from models import toy, weights
 from models.flux import Flux
+from models.sana import Sana
 from models.weights import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -220,9 +222,39 @@ def test_the_two_commands_run_end_to_end(tmp_path):
     assert done.returncode == 0 and picture.exists(), done.stderr
 
 
+def sana_toy(folder: Path) -> str:
+    """A base of the second toy's kind, with random weights."""
+    torch.manual_seed(0)
+    width = dict(num_layers=2, num_attention_heads=1, num_cross_attention_heads=1)
+    config = toy.CONFIGS["sana"] | width | dict(cross_attention_dim=32)
+    file = folder / "sana.safetensors"
+    weights.save(file, Sana(**config).state_dict(), {"config": json.dumps(config)})
+    return str(file)
+
+
+def test_the_two_commands_run_for_a_base_guided_by_two_passes(tmp_path):
+    common = ["--model", sana_toy(tmp_path), "--scenes", "160", "--per-task", "1"]
+    common += ["--out", str(tmp_path / "run")]
+    done = script("align.py", *common, "--embed-steps", "3", "--steps", "2")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["tokens"] == [16, 4] and set(figures["scores"]) == {"base", "aligned"}
+    assert "dc-ae-f64c128-toy" in done.stdout.splitlines()[0]  # what follows on f32
+    done = script("lora.py", *common, "--steps", "2", "--rank", "4", "--save-dtype", "fp16")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert set(figures["scores"]) == {"base", "aligned", "+ LoRA"}
+    picture = str(tmp_path / "x.png")
+    words = ["--prompt", "a red circle", "--negative-prompt", "a blue square", "--steps", "2"]
+    done = script("sample.py", "--model", figures["files"][0], "--out", picture, *words)
+    assert done.returncode == 0 and Path(picture).exists(), done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["guidance"] == 4.0
+
+
 @pytest.mark.parametrize(
     "args, words",
     [
+        (["align.py", "--model", "sana-1.6b"], "--autoencoder is missing"),
         (["align.py", "--data", "no/such/folder"], "no/such/folder"),
         (["align.py", "--resolution", "100"], "no multiple of"),
         (["align.py", "--model", "flux-tuy"], "flux-tuy"),

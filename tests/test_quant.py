@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from test_align import sana_toy
 from torch import nn
 
 import quant
@@ -385,6 +386,17 @@ def test_the_command_writes_a_model_that_sample_py_takes(tmp_path, monkeypatch, 
     assert (tmp_path / "x.png").exists()
     with pytest.raises(UserError, match="is quantized"):
         Flux.from_pretrained(saved)
+
+
+def test_the_second_toy_is_quantized_under_its_own_guidance(tmp_path, monkeypatch, capsys):
+    argv = f"quant.py --model {sana_toy(tmp_path)} --no-ladder --grid 0 --per-task 1 --steps 2"
+    monkeypatch.setattr("sys.argv", [*argv.split(), "--out", str(tmp_path / "q")])
+    quant.main()
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["figures"]["nvfp4"]["psnr"] > 15
+    spec, model, _ = sample.load_pipeline(figures["files"][0])
+    assert sample.is_sana(spec) and sample.text_kind(spec) == "sana-toy" and spec["guidance"] == 4
+    assert type(model).__name__ == "Sana"
 
 
 def test_fp8_needs_no_calibration_and_is_near(tmp_path, monkeypatch, capsys):

@@ -1,9 +1,18 @@
 """The toy world: why its scores can be believed."""
 
-import numpy as np
-import torch
+import json
+from pathlib import Path
 
-from models import toy
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import sample
+from models import toy, weights
+from models.sana import PRESETS, Sana
+from models.text import SanaToyText, ToyText
+from models.weights import UserError
 
 
 def test_the_scorer_reads_every_rendered_scene_back():
@@ -78,3 +87,94 @@ def test_scenes_and_captions_are_functions_of_their_seed():
     one, two = (toy.draw_scenes(50, seed=9) for _ in range(2))
     assert np.array_equal(one.x, two.x) and toy.captions(one, 1) == toy.captions(two, 1)
     assert all(len(c.split()) < toy.CONFIGS["text"]["length"] for c in toy.captions(one, 1))
+
+
+# ---- the second base
+
+MADE = weights.ROOT / PRESETS["sana-toy"]["path"]
+
+
+def test_the_second_base_is_guided_by_two_passes_and_reads_with_the_firsts_encoder():
+    spec = sample.describe("sana-toy")
+    assert sample.is_sana(spec) and sample.text_kind(spec) == "sana-toy" and spec["text"] == "toy"
+    assert not sample.is_sana(sample.MODELS["flux-toy"])
+    assert sample.is_sana({"text": "sana"})  # headers written before there was a family
+    first, second = ToyText.from_pretrained(), SanaToyText.from_pretrained()
+    prompts = ["a red circle", ""]
+    text, mask = second.encode(prompts)
+    assert torch.equal(text, first.encode(prompts)[0])
+    assert mask.sum(1).tolist() == [4, 1]  # "<bos>" and the words
+
+
+def test_evaluation_guides_sana_away_from_the_empty_prompt():
+    class Recorder(Sana):
+        """Keeps what tells the two passes apart: the number of words."""
+
+        def __init__(self):
+            nn.Module.__init__(self)
+            self.patch_size, self.weight = 1, nn.Parameter(torch.zeros(1))
+
+        def forward(self, noisy, timestep, text, mask):
+            seen.append(mask.sum(1).tolist())
+            return torch.zeros_like(noisy)
+
+    seen, autoencoder = [], nn.Module()
+    autoencoder.stride, autoencoder.latent_channels = 32, 32
+    autoencoder.decode = lambda latents: torch.zeros(len(latents), 3, 128, 128)
+    encoder, prompts = SanaToyText.from_pretrained(), toy.draw_prompts(1, seed=0)[:2]
+    toy.evaluate(Recorder(), autoencoder, encoder, prompts, guidance=4.0, steps=2)
+    words = [1 + len(prompt.text.split()) for prompt in prompts]
+    assert seen == [[1, 1, *words]] * 2  # v(null) and v(text) in one batch, in each step
+
+
+def test_training_the_second_base_writes_a_model_that_sample_py_takes(
+    tmp_path, monkeypatch, capsys
+):
+    flags = f"--seconds 1 --batch 4 --scenes 24 --per-task 1 --out {tmp_path}"
+    monkeypatch.setattr("sys.argv", ["toy.py", "sana", *flags.split()])
+    toy.main()
+    rows = [json.loads(r) for r in capsys.readouterr().out.splitlines() if r.startswith("{")]
+    assert [row["guidance"] for row in rows] == [1, 2, 3, 4, 5] and rows[0]["what"] == "sana"
+    file = tmp_path / "sana.safetensors"
+    spec, model, _ = sample.load_pipeline(str(file))
+    assert spec == sample.describe("sana-toy") | {"transformer": str(file)}
+    assert model.final_layer.linear.weight.abs().max() > 0  # it started at zero
+    assert file.stat().st_size < 2.5e6  # of the 25 MB of models/toy/
+
+
+def test_the_average_of_a_training_that_is_cut_short_is_kept(monkeypatch):
+    clock = iter(range(0, 10_000, 30))
+    monkeypatch.setattr(toy.time, "time", lambda: next(clock))
+    layer, kept = nn.Linear(2, 1), []
+    inputs = torch.randn(8, 2)
+    toy.train(lambda: layer(inputs).square().mean(), [layer], 600, 1e-2, "", keep=kept.append)
+    assert len(kept) > 3 and isinstance(kept[0][0], nn.Linear)
+
+
+def test_a_step_that_is_not_finite_moves_nothing(monkeypatch):
+    layer, calls = nn.Linear(2, 1), iter(range(10_000))
+    clock = iter(range(10_000))
+    monkeypatch.setattr(toy.time, "time", lambda: next(clock))
+
+    def loss():
+        return layer(torch.ones(4, 2)).square().mean() / (0.0 if next(calls) == 15 else 1.0)
+
+    toy.train(loss, [layer], 20, 1e-2, "")
+    assert next(calls) > 100 and all(p.isfinite().all() for p in layer.parameters())
+
+
+def test_a_base_that_is_not_there_is_told_how_to_make():
+    absent = PRESETS["sana-toy"] | {"path": "models/toy/absent.safetensors"}
+    with pytest.raises(UserError, match="is missing: `python -m models.toy sana`"):
+        weights.locate("sana-toy", {"sana-toy": absent})
+
+
+@pytest.mark.skipif(not MADE.exists(), reason="no base: `python -m models.toy sana` makes it")
+def test_the_second_base_draws_a_red_circle(tmp_path, monkeypatch):
+    argv = ["sample.py", "--model", "sana-toy", "--prompt", "a red circle"]
+    monkeypatch.setattr("sys.argv", [*argv, "--n", "4", "--out", str(tmp_path)])
+    sample.main()
+    pictures = [np.asarray(sample.Image.open(f)) for f in sorted(Path(tmp_path).glob("*.png"))]
+    images = torch.from_numpy(np.stack(pictures)).movedim(3, 1) / 127.5 - 1
+    found = [[(f.color, f.shape) for f in objects] for objects in toy.read_scenes(images)]
+    assert found.count([("red", "circle")]) >= 3, found
