@@ -18,6 +18,7 @@ p patch, nh hd heads and their width.
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -180,6 +181,10 @@ def join_gelu(attended: Tensor, mlp: Tensor) -> Tensor:
     return torch.cat((attended, F.gelu(mlp, approximate="tanh")), dim=-1)
 
 
+def both(first: Callable, second: Callable) -> tuple:
+    return first(), second()
+
+
 # What a block does between its matrix products. `ops` of a block may be set to functions of the
 # same names that do it in fewer passes over memory, as those of models/kernels.py.
 PLAIN = SimpleNamespace(
@@ -188,6 +193,7 @@ PLAIN = SimpleNamespace(
     add_gated=add_gated,
     apply_mlp=apply_mlp,
     join_gelu=join_gelu,
+    both=both,
     takes_rows=True,  # what modulate and join_gelu give is read by a linear layer alone
 )
 
@@ -220,26 +226,38 @@ class DoubleStreamBlock(nn.Module):
     def forward(
         self, img: Tensor, txt: Tensor, condition: Tensor, rope: Tensor, attention: Callable
     ) -> tuple[Tensor, Tensor]:
-        ops = self.ops
         img_mod, txt_mod = self.img_mod(condition), self.txt_mod(condition)
-        img_shift, img_scale, img_gate, *img_mlp_mod = img_mod
-        txt_shift, txt_scale, txt_gate, *txt_mlp_mod = txt_mod
-
-        img_qkv = self.img_attn.qkv(ops.modulate(img, img_shift, img_scale))  # (B, N, 3D)
-        txt_qkv = self.txt_attn.qkv(ops.modulate(txt, txt_shift, txt_scale))  # (B, L, 3D)
+        img_qkv, txt_qkv = self.ops.both(
+            partial(self.before, img, img_mod, self.img_attn),  # (B, N, 3D)
+            partial(self.before, txt, txt_mod, self.txt_attn),  # (B, L, 3D)
+        )
         streams = [(txt_qkv, self.txt_attn.norm), (img_qkv, self.img_attn.norm)]
-        q, k, v = ops.split_heads(streams, rope)  # (B, L + N, nh, hd) each
+        q, k, v = self.ops.split_heads(streams, rope)  # (B, L + N, nh, hd) each
         joint = attend(q, k, v, attention)  # (B, L + N, D)
         txt_out, img_out = joint.split((txt.shape[1], img.shape[1]), dim=1)
+        return self.ops.both(
+            partial(self.after, img, img_out, img_mod, self.img_attn, self.img_mlp),
+            partial(self.after, txt, txt_out, txt_mod, self.txt_attn, self.txt_mlp),
+        )
 
-        img = ops.add_gated(img, img_gate, self.img_attn.proj(img_out))
-        txt = ops.add_gated(txt, txt_gate, self.txt_attn.proj(txt_out))
-        img_shift, img_scale, img_gate = img_mlp_mod
-        txt_shift, txt_scale, txt_gate = txt_mlp_mod
-        img_mlp = ops.apply_mlp(self.img_mlp, ops.modulate(img, img_shift, img_scale))
-        txt_mlp = ops.apply_mlp(self.txt_mlp, ops.modulate(txt, txt_shift, txt_scale))
-        img, txt = ops.add_gated(img, img_gate, img_mlp), ops.add_gated(txt, txt_gate, txt_mlp)
-        return clip(img), clip(txt)
+    def before(self, hidden: Tensor, mod: tuple[Tensor, ...], attn: SelfAttention) -> Tensor:
+        """What one stream does before the attention, (B, n, D) -> (B, n, 3D)."""
+        shift, scale = mod[:2]
+        return attn.qkv(self.ops.modulate(hidden, shift, scale))
+
+    def after(
+        self,
+        hidden: Tensor,
+        attended: Tensor,
+        mod: tuple[Tensor, ...],
+        attn: SelfAttention,
+        mlp: nn.Sequential,
+    ) -> Tensor:
+        """And after it, (B, n, D) twice -> (B, n, D)."""
+        _, _, gate, mlp_shift, mlp_scale, mlp_gate = mod
+        hidden = self.ops.add_gated(hidden, gate, attn.proj(attended))
+        branch = self.ops.apply_mlp(mlp, self.ops.modulate(hidden, mlp_shift, mlp_scale))
+        return clip(self.ops.add_gated(hidden, mlp_gate, branch))
 
 
 class SingleStreamBlock(nn.Module):
