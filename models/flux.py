@@ -18,7 +18,6 @@ p patch, nh hd heads and their width.
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -181,10 +180,6 @@ def join_gelu(attended: Tensor, mlp: Tensor) -> Tensor:
     return torch.cat((attended, F.gelu(mlp, approximate="tanh")), dim=-1)
 
 
-def both(first: Callable, second: Callable) -> tuple:
-    return first(), second()
-
-
 # What a block does between its matrix products. `ops` of a block may be set to functions of the
 # same names that do it in fewer passes over memory, as those of models/kernels.py.
 PLAIN = SimpleNamespace(
@@ -193,7 +188,6 @@ PLAIN = SimpleNamespace(
     add_gated=add_gated,
     apply_mlp=apply_mlp,
     join_gelu=join_gelu,
-    both=both,
     takes_rows=True,  # what modulate and join_gelu give is read by a linear layer alone
 )
 
@@ -227,18 +221,15 @@ class DoubleStreamBlock(nn.Module):
         self, img: Tensor, txt: Tensor, condition: Tensor, rope: Tensor, attention: Callable
     ) -> tuple[Tensor, Tensor]:
         img_mod, txt_mod = self.img_mod(condition), self.txt_mod(condition)
-        img_qkv, txt_qkv = self.ops.both(
-            partial(self.before, img, img_mod, self.img_attn),  # (B, N, 3D)
-            partial(self.before, txt, txt_mod, self.txt_attn),  # (B, L, 3D)
-        )
+        img_qkv = self.before(img, img_mod, self.img_attn)  # (B, N, 3D)
+        txt_qkv = self.before(txt, txt_mod, self.txt_attn)  # (B, L, 3D)
         streams = [(txt_qkv, self.txt_attn.norm), (img_qkv, self.img_attn.norm)]
         q, k, v = self.ops.split_heads(streams, rope)  # (B, L + N, nh, hd) each
         joint = attend(q, k, v, attention)  # (B, L + N, D)
         txt_out, img_out = joint.split((txt.shape[1], img.shape[1]), dim=1)
-        return self.ops.both(
-            partial(self.after, img, img_out, img_mod, self.img_attn, self.img_mlp),
-            partial(self.after, txt, txt_out, txt_mod, self.txt_attn, self.txt_mlp),
-        )
+        img = self.after(img, img_out, img_mod, self.img_attn, self.img_mlp)
+        txt = self.after(txt, txt_out, txt_mod, self.txt_attn, self.txt_mlp)
+        return img, txt
 
     def before(self, hidden: Tensor, mod: tuple[Tensor, ...], attn: SelfAttention) -> Tensor:
         """What one stream does before the attention, (B, n, D) -> (B, n, 3D)."""

@@ -16,7 +16,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -410,29 +410,6 @@ def apply_mlp(mlp: nn.Sequential, hidden: "Tensor | Rows", fp8: bool = False) ->
         first.bias, hidden.flatten(0, -2), first.weight.T, use_gelu=True
     )  # its GELU is the tanh one
     return second(rows.unflatten(0, hidden.shape[:-1]))
-
-
-@lru_cache
-def second_stream(device: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-def both(first: Callable, second: Callable) -> tuple:
-    """(first(), second()) at the same time: the few tokens of a text do not fill a GPU.
-
-    The caller must hold what they read until this returns. Then no memory is given to one stream
-    while the other still reads it: the second one gets memory here alone, after all before.
-    """
-    if not torch.cuda.is_available():
-        return first(), second()
-    main = torch.cuda.current_stream()
-    beside = second_stream(main.device_index)
-    beside.wait_stream(main)
-    with torch.cuda.stream(beside):
-        theirs = second()
-    ours = first()
-    main.wait_stream(beside)
-    return ours, theirs
 
 
 # ---- around the convolutions of an autoencoder, in channels_last: a pixel's channels are a row
@@ -1053,7 +1030,6 @@ def fused_ops(fp8: bool) -> SimpleNamespace:
         add_gated=add_gated,
         apply_mlp=partial(apply_mlp, fp8=fp8),
         join_gelu=partial(join_gelu, fp8=fp8),
-        both=both,
         takes_rows=True,
         attend_linear=attend_linear,
         conv_mlp=conv_mlp,
