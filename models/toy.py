@@ -964,7 +964,8 @@ def print_scores(args) -> None:
     """The figures of what is in args.out, a line each."""
     device = weights.pick_device()
     for what, cls in {"flux-vae": FluxVAE, "dc-ae-f32c32": DCAE, "dc-ae-f64c128": DCAE}.items():
-        if (file := args.out / f"{what}.safetensors").exists():
+        file = args.out / f"{what}.safetensors"
+        if args.what == "score" and file.exists():  # making one has printed them
             figures = check_autoencoder(cls.from_pretrained(file, device))
             print(json.dumps(dict(what=what, **figures)), flush=True)
     prompts = draw_prompts(args.per_task, seed=0)

@@ -141,8 +141,10 @@ def locate(
     if "path" in preset:
         path = ROOT / preset["path"]
         if not path.exists():
-            cure = preset.get("made_by", f"git checkout {preset['path']}")
-            raise UserError(f"{path} of preset {name} is missing: `{cure}`")
+            cure = f"`git checkout {preset['path']}`"
+            if "made_by" in preset:
+                cure = f"`{preset['made_by']}` makes it"
+            raise UserError(f"{path} of preset {name} is missing: {cure}")
     elif weights is not None:
         path = in_folder(Path(weights), preset)
     else:

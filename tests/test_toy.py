@@ -165,7 +165,7 @@ def test_a_step_that_is_not_finite_moves_nothing(monkeypatch):
 
 def test_a_base_that_is_not_there_is_told_how_to_make():
     absent = PRESETS["sana-toy"] | {"path": "models/toy/absent.safetensors"}
-    with pytest.raises(UserError, match="is missing: `python -m models.toy sana`"):
+    with pytest.raises(UserError, match="is missing: `python -m models.toy sana` makes it"):
         weights.locate("sana-toy", {"sana-toy": absent})
 
 
