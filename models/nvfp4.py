@@ -213,6 +213,21 @@ def decoded(codes, scales, ROWS: tl.constexpr, HALF: tl.constexpr):
 
 
 @jit
+def unpacked(packed, scales, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """bytes (ROWS, COLUMNS / 2), scales (ROWS, COLUMNS / 16) -> code * scale, in order, in fp16.
+
+    As `decoded`, both codes of a byte at once in the halves of a word: a third fewer instructions.
+    """
+    codes = packed.to(tl.int32)
+    codes |= codes << 12
+    bits = ((codes & 0x70007) << 9) | ((codes & 0x80008) << 12)
+    even = bits.to(tl.uint16).to(tl.float16, bitcast=True)
+    odd = (bits >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+    values = (tl.join(even, odd) * 16384.0).reshape(ROWS, COLUMNS // 16, 16)
+    return (values * scales.to(tl.float16)[:, :, None]).reshape(ROWS, COLUMNS)
+
+
+@jit
 def quantize_kernel(
     hidden, smooth, down, data, scales, branch, M, K, hidden_stride, groups,
     R: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -262,9 +277,7 @@ def rebuild_kernel(
     inverse = 1.0 / tl.load(row_scale + row, in_rows, 1.0)
     codes = tl.load(packed + row * (groups * 8) + byte, in_rows & (byte < groups * 8), 0)
     scale = tl.load(scales + row * groups + group, in_rows & (group < groups), 0.0)
-    even = decoded(codes & 15, scale, BLOCK_N, BLOCK_K // 2)
-    odd = decoded(codes >> 4, scale, BLOCK_N, BLOCK_K // 2)
-    values = tl.join(even, odd).reshape(BLOCK_N, BLOCK_K).to(tl.float32)
+    values = unpacked(codes, scale, BLOCK_N, BLOCK_K).to(tl.float32)
     values *= tl.load(smooth + column, in_columns, 0.0).to(tl.float32)[None, :] * tensor_scale
     if R > 0:
         thin = tl.arange(0, RANK)
@@ -272,9 +285,9 @@ def rebuild_kernel(
         is_down = (thin[:, None] < R) & in_columns
         right = tl.load(down + thin[:, None] * K + column, is_down, 0.0)
         values = tl.dot(left, right, values)
-    values = tl.minimum(tl.maximum(values * inverse, -448.0), 448.0)
+    # No larger than 448 but for the last bit, which is rounded away.
     place = out + row.to(tl.int64) * width + column
-    tl.store(place, to_e4m3(values), in_rows & (column < width))
+    tl.store(place, to_e4m3(values * inverse), in_rows & (column < width))
 
 
 @jit
@@ -390,7 +403,7 @@ def thin(rank: int) -> int:
 
 
 INPUT_TILE = (32, 128, 8, 4)  # (BLOCK_M, BLOCK_K, warps, stages): every program reads all of R
-REBUILD_TILE = (64, 128, 8)  # (BLOCK_N, BLOCK_K, warps)
+REBUILD_TILE = (128, 64, 4)  # (BLOCK_N, BLOCK_K, warps)
 WHOLE = 256  # channels: a multiple of every BLOCK_K, and scales begin at whole 16 bytes
 # (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by the bits of inputs.
 TILES = {4: (128, 128, 128, 8, 4), 16: (16, 64, 256, 4, 3)}
