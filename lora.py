@@ -66,6 +66,7 @@ class Config(training.Options):
     steps: int = 2200
     lr: float = 4e-3  # cosine to zero; at 2e-2 the toy diverges
     door_rate: float = 3.0  # the embedder's and head's learning rate is this times lr
+    decay: float = 0.0  # of LoRA's weights, towards none: against forgetting; 1 is much
     batch_size: int = 32
     guidance_max: float = 5.0  # guidance is drawn from [1, this]
     dropout: float = 0.1  # share of captions emptied
@@ -186,6 +187,7 @@ def rates(model: nn.Module, config: Config) -> list[dict]:
         {"params": [p for p in trained(model).values() if (id(p) in at_doors) == is_door]}
         for is_door in (False, True)
     ]
+    groups[0]["weight_decay"] = config.decay  # A and B towards zero: the blocks towards the base's
     groups[1]["scale"] = config.door_rate
     return groups
 
@@ -288,6 +290,11 @@ def export_run(config: Config, out: Path) -> None:
 def run(config: Config, spec: dict, out: Path, device: torch.device) -> None:
     torch.manual_seed(config.seed)
     save_dtype = weights.pick_dtype(config.save_dtype, "--save-dtype")
+    if config.full and config.decay:
+        raise UserError(
+            f"--decay {config.decay:g} takes LoRA back to nothing; --full has none, and all weights "
+            f"would go to zero: one of them"
+        )
     base_spec = sample.describe(config.model)
     is_toy, shift = spec["text"] == "toy", spec["shift"]
     dtype = training.frozen_dtype(config, device, is_toy)

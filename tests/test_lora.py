@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from test_align import tiny_base
 from torch import nn
@@ -9,8 +10,9 @@ from torch import nn
 import lora
 from align import doors, trained
 from lora import Config, LoRALinear
-from models import weights
+from models import training, weights
 from models.flux import Flux
+from models.weights import UserError
 
 
 def perturb(model: nn.Module) -> None:
@@ -82,6 +84,28 @@ def test_lora_and_the_doors_are_trained_and_the_blocks_are_not():
     full = tiny_base()
     lora.choose_trained(full, Config(full=True))
     assert set(trained(full)) == {name for name, _ in full.named_parameters()}
+
+
+def test_decay_takes_lora_towards_nothing_and_leaves_the_doors():
+    model = tiny_base()
+    config = Config(rank=4, alpha=4.0, decay=0.5, door_rate=3.0)
+    lora.choose_trained(model, config)
+    perturb(model)
+    before = {name: p.detach().clone() for name, p in trained(model).items()}
+    optimizer = training.adamw(lora.rates(model, config))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in trained(model).items():
+        shrunk = 1 - 0.1 * 0.5 if "lora_" in name else 1.0
+        assert torch.allclose(p, shrunk * before[name]), name
+
+
+def test_decay_of_all_weights_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--full has none"):
+        lora.run(Config(full=True, decay=1.0), {}, tmp_path, torch.device("cpu"))
 
 
 def test_a_saved_run_loads_as_the_merged_model(tmp_path):
