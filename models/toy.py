@@ -927,7 +927,8 @@ def make_sana(args) -> None:
     """The second base: SANA on f32 latents. It reads with the first one's encoder, as that is."""
     device = weights.pick_device()
     autoencoder = DCAE.from_pretrained(part("dc-ae-f32c32", args), device)
-    text = ToyText.from_pretrained(part("text", args), device)
+    # Frozen, but in training mode, where torch's encoder takes no short cut that is not compiled.
+    text = ToyText.from_pretrained(part("text", args), device).train()
     sana = Sana(**CONFIGS["sana"]).to(device)
     nn.init.zeros_(sana.final_layer.linear.weight)
     if args.resume:
