@@ -460,6 +460,8 @@ def family_1_5(widths: list[int], scaling_factor: float) -> dict:
         "decoder_block_out_channels": widths,
         "encoder_layers_per_block": depths,
         "decoder_layers_per_block": depths,
+        "encoder_qkv_multiscales": [[]] * len(widths),  # diffusers reads them unasked
+        "decoder_qkv_multiscales": [[]] * len(widths),
         "encoder_out_shortcut": False,
         "decoder_in_shortcut": False,
         "decoder_conv_act_fn": "silu",

@@ -168,6 +168,15 @@ def test_stock_diffusers_runs_the_same_step(small):
     assert out.shape == (1, SMALL[1].tokens, 128)
 
 
+@pytest.mark.parametrize("case", bench.CASES[:6], ids=lambda case: f"{case.name} {case.size}")
+def test_stock_diffusers_has_every_decoder(case, monkeypatch):
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(bench, "random_weights", lambda model, *_: model)
+    zoo = bench.Zoo(torch.device("meta"), torch.float32, 600)
+    zoo.random = lambda *shape: torch.empty(shape, device="meta")
+    assert bench.diffusers_decode(case, zoo)()[0].shape == (1, 3, case.size, case.size)
+
+
 def test_what_no_longer_fits_the_time_is_named(small):
     small.deadline = 0.0
     found = {}
