@@ -470,10 +470,12 @@ def known_before(
     parameter, batch = next(model.parameters()), len(cond[0])
     device, dtype = parameter.device, parameter.dtype
     levels = torch.tensor(timesteps, device=device)[:, None].expand(-1, batch)  # (S, B)
+    steps = len(timesteps)
     if isinstance(model, flux.Flux):
         text, pooled = (tensor.to(dtype) for tensor in cond)
-        scale = None if guidance is None else torch.full((batch,), guidance, device=device)
-        conditions = torch.stack([model.condition(t, scale, pooled) for t in levels])  # (S, B, D)
+        scale = None if guidance is None else torch.full((steps * batch,), guidance, device=device)
+        conditions = model.condition(levels.flatten(), scale, pooled.repeat(steps, 1))  # (S B, D)
+        conditions = conditions.unflatten(0, (steps, batch))
         layers = [m.lin for m in model.modules() if isinstance(m, flux.Modulation)]
         layers.append(model.final_layer.adaLN_modulation[1])
         grid = (noise.shape[2] // model.patch_size, noise.shape[3] // model.patch_size)

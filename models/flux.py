@@ -180,6 +180,16 @@ def join_gelu(attended: Tensor, mlp: Tensor) -> Tensor:
     return torch.cat((attended, F.gelu(mlp, approximate="tanh")), dim=-1)
 
 
+def fan_out(block: "SingleStreamBlock", hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """The first layer of a single block: (B, N, D) -> qkv (B, N, 3D), MLP (B, N, 4D)."""
+    return block.linear1(hidden).split(block.widths, dim=-1)
+
+
+def fan_in(block: "SingleStreamBlock", attended: Tensor, mlp: Tensor) -> Tensor:
+    """The last one: (B, N, D), the MLP as `fan_out` gives it -> (B, N, D)."""
+    return block.linear2(join_gelu(attended, mlp))
+
+
 # What a block does between its matrix products. `ops` of a block may be set to functions of the
 # same names that do it in fewer passes over memory, as those of models/kernels.py.
 PLAIN = SimpleNamespace(
@@ -188,6 +198,8 @@ PLAIN = SimpleNamespace(
     add_gated=add_gated,
     apply_mlp=apply_mlp,
     join_gelu=join_gelu,
+    fan_out=fan_out,
+    fan_in=fan_in,
     takes_rows=True,  # what modulate and join_gelu give is read by a linear layer alone
 )
 
@@ -269,10 +281,10 @@ class SingleStreamBlock(nn.Module):
     ) -> Tensor:
         shift, scale, gate = self.modulation(condition)
         normed = self.ops.modulate(hidden, shift, scale)
-        qkv, mlp = self.linear1(normed).split(self.widths, dim=-1)  # (B, L + N, 3D), (.., 4D)
+        qkv, mlp = self.ops.fan_out(self, normed)  # (B, L + N, 3D), (.., 4D)
         q, k, v = self.ops.split_heads([(qkv, self.norm)], rope)
         attended = attend(q, k, v, attention)  # (B, L + N, D)
-        out = self.linear2(self.ops.join_gelu(attended, mlp))
+        out = self.ops.fan_in(self, attended, mlp)
         return clip(self.ops.add_gated(hidden, gate, out))
 
 

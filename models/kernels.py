@@ -400,16 +400,51 @@ def join_gelu_kernel(
     store_row(data, scales, row, row * K + columns, mask, values, FP8)
 
 
+def linear_gelu(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU(hidden weight^T + bias), (..., K) -> (..., N): cuBLAS applies it before it stores."""
+    if not hidden.is_cuda:
+        return F.gelu(F.linear(hidden, weight, bias), approximate="tanh")
+    rows = torch._addmm_activation(bias, hidden.flatten(0, -2), weight.T, use_gelu=True)  # tanh's
+    return rows.unflatten(0, hidden.shape[:-1])
+
+
 def apply_mlp(mlp: nn.Sequential, hidden: "Tensor | Rows", fp8: bool = False) -> Tensor:
-    """Linear, GELU, Linear. In bf16 cuBLAS applies the GELU before it stores."""
+    """Linear, GELU, Linear."""
     first, _, second = mlp
-    if fp8 or type(first) is not nn.Linear or hidden.device.type != "cuda":
-        inner = first(hidden)
-        return second(join_gelu(None, inner, fp8))
-    rows = torch._addmm_activation(
-        first.bias, hidden.flatten(0, -2), first.weight.T, use_gelu=True
-    )  # its GELU is the tanh one
-    return second(rows.unflatten(0, hidden.shape[:-1]))
+    if fp8 or type(first) is not nn.Linear:
+        return second(join_gelu(None, first(hidden), fp8))
+    return second(linear_gelu(hidden, first.weight, first.bias))
+
+
+def fan_out(block: nn.Module, hidden: "Tensor | Rows", fp8: bool = False) -> tuple[Tensor, Tensor]:
+    """The first layer of a single block: qkv (..., 3D), and the MLP (..., 4D) for `fan_in`.
+
+    In 16 bits as two products, the MLP's with its GELU: as many operations, a pass less.
+    """
+    if fp8 or not in_16_bits(block):
+        return block.linear1(hidden).split(block.widths, dim=-1)
+    (qkv, mlp), (qkv_bias, mlp_bias) = (
+        p.split(block.widths) for p in (block.linear1.weight, block.linear1.bias)
+    )
+    return F.linear(hidden, qkv, qkv_bias), linear_gelu(hidden, mlp, mlp_bias)
+
+
+def fan_in(block: nn.Module, attended: Tensor, mlp: Tensor, fp8: bool = False) -> Tensor:
+    """The last layer of a single block, (..., D), (..., 4D) -> (..., D).
+
+    In 16 bits as two products again, the second added to the first: nothing is put side by side.
+    """
+    if fp8 or not in_16_bits(block):
+        return block.linear2(join_gelu(attended, mlp, fp8))
+    widths = attended.shape[-1], mlp.shape[-1]
+    left, right = block.linear2.weight.split(widths, dim=1)
+    out = F.linear(attended, left, block.linear2.bias)
+    out.flatten(0, -2).addmm_(mlp.flatten(0, -2), right.T)
+    return out
+
+
+def in_16_bits(block: nn.Module) -> bool:
+    return type(block.linear1) is type(block.linear2) is nn.Linear
 
 
 # ---- around the convolutions of an autoencoder, in channels_last: a pixel's channels are a row
@@ -1030,6 +1065,8 @@ def fused_ops(fp8: bool) -> SimpleNamespace:
         add_gated=add_gated,
         apply_mlp=partial(apply_mlp, fp8=fp8),
         join_gelu=partial(join_gelu, fp8=fp8),
+        fan_out=partial(fan_out, fp8=fp8),
+        fan_in=partial(fan_in, fp8=fp8),
         takes_rows=True,
         attend_linear=attend_linear,
         conv_mlp=conv_mlp,

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+import lora
 import sample
-from models import kernels
+from models import flux, kernels
 from models.flux import Flux
 from models.sana import Sana
 
@@ -147,3 +148,20 @@ def test_all_together_gives_the_plain_picture(make):
     kernels.fuse(made[0])
     ours = run(made, sample.Stepper(made[0]), steps=2)
     assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lora_too", [False, True])
+def test_a_single_block_in_two_products_each_is_the_block(lora_too):
+    """The fused block, against the plain one: with its own linear layers, and with others."""
+    model, cond, guidance, *_ = make_flux()
+    block = model.single_blocks[0]
+    if lora_too:  # one of the two layers is no nn.Linear any more: then both go as one product
+        block.linear2 = lora.LoRALinear(block.linear2, 2, 2.0)
+    hidden, width = normal(2, 9, block.linear1.in_features, seed=3), block.linear1.in_features
+    attended = normal(2, 9, width, seed=4)
+    outs = []
+    for ops in (flux.PLAIN, kernels.fused_ops(False)):
+        qkv, mlp = ops.fan_out(block, hidden)
+        outs.append((qkv, ops.fan_in(block, attended, mlp)))
+    for plain, fused in zip(*outs):
+        assert torch.allclose(fused, plain, rtol=1e-5, atol=1e-5)
