@@ -12,8 +12,8 @@ What    python bench.py                     every part below; under 10 minutes o
             throughput pictures a minute in batches, at 1024
             ablate     the ladder from eager to final: time, and error against fp32
 Why     DC-Gen buys its speed with fewer tokens; the rest is engineering, and has to be seen.
-How     Full-size models with random weights: latency does not depend on their values. CUDA events
-        around whole calls, after a warm-up; median and 10th to 90th percentile. What is
+How     Full-size models with random weights: latency does not depend on their values. (--weights
+        DIR: the official ones found there, for the errors of the ladder.) CUDA events around whole calls, after a warm-up; median and 10th to 90th percentile. What is
         extrapolated says so (~). --baseline diffusers measures stock diffusers in the same run.
         --train is for the trainers instead: whole steps of align.py and lora.py, update included,
         on random latents and captions; under torchrun --nproc-per-node N on N GPUs.
@@ -74,6 +74,7 @@ class Config:
     batch: int = 16  # pictures at a time, for the throughput; all else is one at a time
     seconds: float = 1.0  # of measuring for each figure; more steps where one takes longer
     limit: float = 560.0  # seconds; what would start later is left out, and named
+    weights: str = ""  # a folder with official weights; "": random ones
     baseline: str = ""  # diffusers: stock diffusers too, in the same run
     train: bool = False  # training steps instead, of DC-Gen at each of --sizes
     train_batch: int = 4  # --train: pictures a GPU and step
@@ -123,6 +124,17 @@ class Case:
     def tokens(self) -> int:
         side = self.latents[2] // (2 if self.autoencoder == "flux-vae" else 1)
         return side * side
+
+    @property
+    def official(self) -> str:
+        """The name of its trained weights."""
+        sizes = {1024: "", 2048: "-2k", 4096: "-4k"}
+        return {
+            "FLUX": "flux-krea",
+            "DC-Gen-FLUX": "dc-gen-flux-1k" if self.stride == 32 else "dc-gen-flux-4k",
+            "SANA": "sana-1.6b" + sizes[self.size],
+            "DC-Gen-SANA": "dc-gen-sana-f64c128",
+        }[self.name]
 
 
 F32, F64 = "dc-ae-f32c32-sana-1.1", "dc-ae-f64c128-1.5"
@@ -181,10 +193,10 @@ def decoder(case: Case) -> nn.Module:
 
 
 class Zoo:
-    """The models of the cases, on the device. All FLUX transformers share one set of blocks."""
+    """The models of the cases, on the device. Random FLUX transformers share one set of blocks."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, limit: float):
-        self.device, self.dtype, self.kept = device, dtype, {}
+    def __init__(self, device: torch.device, dtype: torch.dtype, limit: float, folder: str = ""):
+        self.device, self.dtype, self.folder, self.kept = device, dtype, folder, {}
         self.deadline, self.left_out = time.perf_counter() + limit, []
         self.drawn = 0
 
@@ -198,7 +210,13 @@ class Zoo:
     def transformer(self, case: Case, form: str = "") -> nn.Module:
         """In 16 bits, or with its linear layers in the format `form`."""
         key = (case.family, form, *sorted(case.network.items()))
-        if key not in self.kept:
+        if key not in self.kept and self.folder:
+            self.kept = {}  # there may be no room for two
+            spec = sample.describe(case.official)
+            model = sample.load_transformer(spec, self.folder, self.device, self.dtype)
+            self.kept[key] = model.requires_grad_(False)
+            convert(model, form)
+        elif key not in self.kept:
             self.kept = {k: v for k, v in self.kept.items() if k[:2] == key[:2]}
             with torch.device("meta"):
                 model = (flux.Flux if case.family == "flux" else sana.Sana)(**case.network)
@@ -214,6 +232,11 @@ class Zoo:
         return self.kept[key].eval()
 
     def autoencoder(self, case: Case) -> nn.Module:
+        if self.folder:
+            args = (case.autoencoder, self.folder, self.device, self.dtype)
+            model = sample.load_autoencoder(*args).requires_grad_(False)
+            del model.encoder
+            return model
         with torch.device("meta"):
             model = decoder(case)
         return random_weights(model, self.device, self.dtype)
@@ -1055,7 +1078,10 @@ def main() -> None:
             f"--only, --baseline and --train measure a GPU, here is {device}: leave them out"
         )
     dtype = weights.pick_dtype(config.dtype) if device.type == "cuda" else torch.float32
-    zoo, found = Zoo(device, dtype, config.limit), {"stage": "bench", **about(device)}
+    zoo, found = (
+        Zoo(device, dtype, config.limit, config.weights),
+        {"stage": "bench", **about(device)},
+    )
     print("bench | " + " | ".join(f"{key} {value}" for key, value in found.items() if value))
     chosen(config)
     if config.train:

@@ -162,6 +162,25 @@ def test_flux_transformers_share_their_blocks(small):
     assert not any(p.is_meta for p in ours.parameters())
 
 
+def test_official_weights_are_those_of_the_case(small, monkeypatch):
+    """Their names are known to the sampler, and their channels and patches are the case's."""
+    presets = bench.flux.PRESETS | bench.sana.PRESETS
+    for case in bench.CASES:
+        config = presets[bench.sample.describe(case.official)["transformer"]].get("config", {})
+        assert config.get("in_channels", 32) == case.network.get("in_channels", 32), case
+    asked = []
+
+    def load(spec: dict, folder: str, device, dtype):
+        asked.append((spec["transformer"], folder))
+        with torch.device("meta"):
+            return bench.flux.Flux(**NETWORK, in_channels=64)
+
+    monkeypatch.setattr(bench.sample, "load_transformer", load)
+    small.folder = "shelf"
+    model = small.transformer(SMALL[0])
+    assert small.transformer(SMALL[0]) is model and asked == [("flux-krea", "shelf")]
+
+
 def test_stock_diffusers_runs_the_same_step(small):
     pytest.importorskip("diffusers")
     (out,) = bench.diffusers_step(SMALL[1], small)()
