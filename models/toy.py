@@ -869,8 +869,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = ["flux-vae", "dc-ae-f32c32", "dc-ae-f64c128", "flux", "sana", "score"]
-    parser.add_argument("what", choices=kinds)
+    kinds = ["flux-vae", "dc-ae-f32c32", "dc-ae-f64c128", "flux", "sana", "score", "captions"]
+    parser.add_argument("what", choices=kinds, help="captions: for sample.py")
     parser.add_argument("--seconds", type=float, default=150, help="of training, on each GPU")
     parser.add_argument("--batch", type=int, default=256, help="on each GPU")
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -886,6 +886,8 @@ def main() -> None:
     parser.add_argument("--per-task", type=int, default=50, help="prompts of each task to score by")
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
+    if args.what == "captions":  # of all that the base knows
+        return print("\n".join(captions(draw_scenes(args.scenes, seed=1), seed=1)))
     if "WORLD_SIZE" in os.environ:  # torchrun --nproc-per-node 4 -m models.toy flux
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl")

@@ -1,6 +1,7 @@
 """The toy world: why its scores can be believed."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -178,3 +179,13 @@ def test_the_second_base_draws_a_red_circle(tmp_path, monkeypatch):
     images = torch.from_numpy(np.stack(pictures)).movedim(3, 1) / 127.5 - 1
     found = [[(f.color, f.shape) for f in objects] for objects in toy.read_scenes(images)]
     assert found.count([("red", "circle")]) >= 3, found
+
+
+def test_captions_are_of_all_that_the_base_knows(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["toy", "captions", "--scenes", "400"])
+    toy.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 400
+    words = set(" ".join(lines).split())
+    assert toy.HELD_OUT_SHAPE in words and toy.HELD_OUT_RELATION in words
+    assert words <= set(toy.VOCABULARY)
