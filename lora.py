@@ -63,7 +63,7 @@ class Config(training.Options):
     alpha: float = 64.0  # scale of the update is alpha / rank
     full: bool = False  # train every weight of the blocks instead: forgets more
     recover: bool = True  # eq. (3) of align.py; --no-recover: plain flow matching
-    steps: int = 2200
+    steps: int = 2000
     lr: float = 4e-3  # cosine to zero; at 2e-2 the toy diverges
     door_rate: float = 3.0  # the embedder's and head's learning rate is this times lr
     decay: float = 0.0  # of LoRA's weights, towards none: against forgetting; 1 is much
