@@ -55,6 +55,7 @@ class Config:
     steps: int | None = None  # the model's own unless given
     guidance: float | None = None  # the model's own unless given
     seed: int = 0  # of the first picture of a prompt; the next one has seed + 1
+    own_seeds: bool = False  # the next seeds for the next prompts: for pictures to train on
     n: int = 1  # pictures a prompt
     batch_size: int = 1  # 1: a picture is the same, to the bit, alone or among others
     autoencoder: str = ""  # "": the model's own; a preset or a path
@@ -756,7 +757,9 @@ def read_jobs(config: Config) -> list[tuple[str, int]]:
         lines = [line for line in lines if line.strip()]
         try:
             rows = [json.loads(r) if path.suffix == ".jsonl" else {"prompt": r} for r in lines]
-            rows = [(str(r["prompt"]), int(r.get("seed", config.seed))) for r in rows]
+            step = config.n if config.own_seeds else 0
+            seeds = [int(r.get("seed", config.seed + i * step)) for i, r in enumerate(rows)]
+            rows = [(str(r["prompt"]), seed) for r, seed in zip(rows, seeds)]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
                 f'{path}: every line is an object like {{"prompt": "a fox", "seed": 0}} ({error!r})'

@@ -262,6 +262,14 @@ def test_any_size_is_made_on_the_next_larger_grid_and_cropped(toy, monkeypatch, 
     assert torch.equal(pixels("odd.png"), pixels("whole.png")[6:41, 1:62])
 
 
+def test_pictures_to_train_on_have_noises_of_their_own(toy, monkeypatch, capsys):
+    """3072 pictures from one noise made a model that knows one background and two colours."""
+    Path("p.txt").write_text("a red circle\na blue square\n")
+    flags = ["--prompts", "p.txt", "--n", 2, "--seed", 5, "--own-seeds", "--steps", 1]
+    files = run(monkeypatch, capsys, *flags)["files"]
+    assert [Path(f).name for f in files] == [f"000{i}_seed{5 + i}.png" for i in range(4)]
+
+
 def test_jsonl_prompts_have_their_own_seeds(toy, monkeypatch, capsys):
     rows = [{"prompt": "a red circle", "seed": 9}, {"prompt": "a blue square"}]
     (toy / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
