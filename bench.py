@@ -13,8 +13,9 @@ What    python bench.py                     every part below; under 10 minutes o
             ablate     the ladder from eager to final: time, and error against fp32
 Why     DC-Gen buys its speed with fewer tokens; the rest is engineering, and has to be seen.
 How     Full-size models with random weights: latency does not depend on their values. (--weights
-        DIR: the official ones found there, for the errors of the ladder.) CUDA events around whole calls, after a warm-up; median and 10th to 90th percentile. What is
-        extrapolated says so (~). --baseline diffusers measures stock diffusers in the same run.
+        DIR: the official ones found there, for the errors of the ladder.) CUDA events around
+        whole calls, after a warm-up; median and 10th to 90th percentile. What is extrapolated
+        says so (~). --baseline diffusers measures stock diffusers in the same run.
         --train is for the trainers instead: whole steps of align.py and lora.py, update included,
         on random latents and captions; under torchrun --nproc-per-node N on N GPUs.
 Floor   The floating-point operations of a call over the rates that this GPU reached in `rates` and
@@ -210,26 +211,34 @@ class Zoo:
     def transformer(self, case: Case, form: str = "") -> nn.Module:
         """In 16 bits, or with its linear layers in the format `form`."""
         key = (case.family, form, *sorted(case.network.items()))
-        if key not in self.kept and self.folder:
-            self.kept = {}  # there may be no room for two
-            spec = sample.describe(case.official)
-            model = sample.load_transformer(spec, self.folder, self.device, self.dtype)
-            self.kept[key] = model.requires_grad_(False)
+        if key not in self.kept:
+            if self.folder:  # these share nothing, and there may be no room for two
+                self.kept = {}
+                model = self.official(case)
+            else:
+                self.kept = {k: v for k, v in self.kept.items() if k[:2] == key[:2]}
+                model = self.random_transformer(case)
             convert(model, form)
-        elif key not in self.kept:
-            self.kept = {k: v for k, v in self.kept.items() if k[:2] == key[:2]}
-            with torch.device("meta"):
-                model = (flux.Flux if case.family == "flux" else sana.Sana)(**case.network)
-            other = next(iter(self.kept.values()), None)
-            own = ("img_in", "final_layer") if case.family == "flux" and other else None
-            for name, child in list(model.named_children()):
-                if own and name not in own:
-                    setattr(model, name, getattr(other, name))
-                elif own:
-                    random_weights(child, self.device, self.dtype)
-            self.kept[key] = model if own else random_weights(model, self.device, self.dtype)
-            convert(model, form)
+            self.kept[key] = model
         return self.kept[key].eval()
+
+    def official(self, case: Case) -> nn.Module:
+        spec = sample.describe(case.official)
+        model = sample.load_transformer(spec, self.folder, self.device, self.dtype)
+        return model.requires_grad_(False)
+
+    def random_transformer(self, case: Case) -> nn.Module:
+        with torch.device("meta"):
+            model = (flux.Flux if case.family == "flux" else sana.Sana)(**case.network)
+        other = next(iter(self.kept.values()), None)
+        if case.family != "flux" or other is None:
+            return random_weights(model, self.device, self.dtype)
+        for name, child in list(model.named_children()):
+            if name in ("img_in", "final_layer"):
+                random_weights(child, self.device, self.dtype)
+            else:
+                setattr(model, name, getattr(other, name))
+        return model
 
     def autoencoder(self, case: Case) -> nn.Module:
         if self.folder:
@@ -473,10 +482,11 @@ def measure_kernels(config: Config, zoo: Zoo, found: dict) -> None:
     print(f"\nkernels                  {'plain us':>10}{'fused us':>10}{'TB/s':>8}{'error':>10}")
     found["kernels"] = {}
     for name, (arguments, takes_fp8, read, written) in rows.items():
-        plain = partial(getattr(flux.PLAIN, name), *arguments)
+        plain = partial(getattr(flux, name), *arguments)
         before, expected = measure_device(plain, config, device).median, first_of(plain())
         for fp8 in (False, True) if takes_fp8 and fp8_runs(device) else (False,):
-            fused = partial(getattr(kernels.fused_ops(fp8), name), *arguments)
+            how = {"fp8": fp8} if takes_fp8 else {}
+            fused = partial(getattr(kernels, name), *arguments, **how)
             after, label = measure_device(fused, config, device).median, name + " FP8" * fp8
             rate = (read * size + written * (1 if fp8 else size)) / after / 1e9
             found["kernels"][label] = {"plain_us": 1000 * before, "us": 1000 * after, "tb_s": rate}
@@ -527,12 +537,13 @@ def formats(config: Config, device: torch.device) -> list[str]:
     named = [name for name in config.format.split(",") if name]
     if unknown := [name for name in named if name not in ("fp8", "nvfp4")]:
         raise UserError(f"--format {','.join(unknown)}: wanted fp8, nvfp4 or both")
-    return ["", *(name for name in named if fp8_runs(device) and (name == "fp8" or fp4(device)))]
+    runs = {"fp8": fp8_runs, "nvfp4": fp4_runs}
+    return ["", *(name for name in named if runs[name](device))]
 
 
-def fp4(device: torch.device) -> str:
-    """How QuantLinear computes here: w4a4, w4a8, or "" for not at all."""
-    return nvfp4.pick_mode("", device).replace("fake", "")
+def fp4_runs(device: torch.device) -> bool:
+    """Does QuantLinear compute on tensor cores here?"""
+    return nvfp4.pick_mode("", device) != "fake"
 
 
 def convert(model: nn.Module, form: str) -> None:
@@ -687,9 +698,7 @@ def measure_pictures(config: Config, zoo: Zoo, found: dict) -> None:
             continue
         model, autoencoder = zoo.transformer(case, form), zoo.autoencoder(case)
         seconds, measured = picture_seconds(case, model, autoencoder, config, zoo)
-        base = next(
-            (c for c in CASES if (c.family, c.size, c.base) == (case.family, case.size, True))
-        )
+        base = base_of(case)
         over = ratio(rows.get(f"{base.name} {base.size}", {}).get("seconds"), seconds)
         paper = f"{case.paper:10.2f}{base.paper / case.paper:7.1f}" if case.paper else ""
         print(
@@ -1078,10 +1087,8 @@ def main() -> None:
             f"--only, --baseline and --train measure a GPU, here is {device}: leave them out"
         )
     dtype = weights.pick_dtype(config.dtype) if device.type == "cuda" else torch.float32
-    zoo, found = (
-        Zoo(device, dtype, config.limit, config.weights),
-        {"stage": "bench", **about(device)},
-    )
+    zoo = Zoo(device, dtype, config.limit, config.weights)
+    found = {"stage": "bench", **about(device)}
     print("bench | " + " | ".join(f"{key} {value}" for key, value in found.items() if value))
     chosen(config)
     if config.train:

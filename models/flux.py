@@ -197,10 +197,9 @@ PLAIN = SimpleNamespace(
     split_heads=split_heads,
     add_gated=add_gated,
     apply_mlp=apply_mlp,
-    join_gelu=join_gelu,
     fan_out=fan_out,
     fan_in=fan_in,
-    takes_rows=True,  # what modulate and join_gelu give is read by a linear layer alone
+    takes_rows=True,  # what modulate gives is read by a linear layer alone
 )
 
 

@@ -43,7 +43,6 @@ try:
 
     # Renamed between Triton 3.6 and 3.9.
     tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-    block_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 except (ImportError, AttributeError):  # no Triton, or one whose Gluon is another
     gluon, gl = None, SimpleNamespace(constexpr=bool)
 
@@ -82,6 +81,11 @@ class Rows(NamedTuple):
 
     data: Tensor  # (..., K), float8_e4m3fn
     scale: Tensor  # (..., 1), fp32: the largest magnitude of the row is 448
+
+
+def row_scales(matrix: Tensor) -> Tensor:
+    """(..., K) fp32 -> (..., 1): the largest magnitude of a row becomes 448."""
+    return (matrix.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=TINY)
 
 
 def row_block(columns: int) -> tuple[int, int]:
@@ -132,7 +136,7 @@ def store_row(data, scale, row, offsets, mask, values, FP8: tl.constexpr):
 def quantize_rows(matrix: Tensor) -> Rows:
     """(..., K) to e4m3, every row scaled on its own: an outlier costs its own row alone. Lossy."""
     if not runs_on(matrix.device):
-        scale = (matrix.float().abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=TINY)
+        scale = row_scales(matrix.float())
         return Rows((matrix.float() / scale).to(torch.float8_e4m3fn), scale)
     rows = rows_of(matrix)
     data, scale = empty_rows(matrix.shape, matrix, fp8=True)
@@ -416,12 +420,12 @@ def apply_mlp(mlp: nn.Sequential, hidden: "Tensor | Rows", fp8: bool = False) ->
     return second(linear_gelu(hidden, first.weight, first.bias))
 
 
-def fan_out(block: nn.Module, hidden: "Tensor | Rows", fp8: bool = False) -> tuple[Tensor, Tensor]:
+def fan_out(block: nn.Module, hidden: "Tensor | Rows") -> tuple[Tensor, Tensor]:
     """The first layer of a single block: qkv (..., 3D), and the MLP (..., 4D) for `fan_in`.
 
     In 16 bits as two products, the MLP's with its GELU: as many operations, a pass less.
     """
-    if fp8 or not in_16_bits(block):
+    if not in_16_bits(block):
         return block.linear1(hidden).split(block.widths, dim=-1)
     (qkv, mlp), (qkv_bias, mlp_bias) = (
         p.split(block.widths) for p in (block.linear1.weight, block.linear1.bias)
@@ -434,7 +438,7 @@ def fan_in(block: nn.Module, attended: Tensor, mlp: Tensor, fp8: bool = False) -
 
     In 16 bits as two products again, the second added to the first: nothing is put side by side.
     """
-    if fp8 or not in_16_bits(block):
+    if not in_16_bits(block):
         return block.linear2(join_gelu(attended, mlp, fp8))
     widths = attended.shape[-1], mlp.shape[-1]
     left, right = block.linear2.weight.split(widths, dim=1)
@@ -899,10 +903,10 @@ def hopper_attention(q: Tensor, k: Tensor, v: Tensor, tile: tuple = HOPPER_TILE)
 
 
 @gluon_jit
-def fetch(plane, row, column, arrived, tile, wanted):
+def fetch(plane, row, column, arrived, tile):
     """Start a copy by the TMA engine; `arrived` will tell."""
-    mbarrier.expect(arrived, plane.block_type.nbytes, wanted)
-    tma_load(plane, [row, column], arrived, tile, wanted)
+    mbarrier.expect(arrived, plane.block_type.nbytes)
+    tma_load(plane, [row, column], arrived, tile)
 
 
 @gluon_jit
@@ -972,13 +976,13 @@ def produce(
 ):  # fmt: skip
     """Fetch the queries of every group, then keys and values into whatever is empty."""
     for i in gl.static_range(2):
-        fetch(q, q_row + 64 * i, column, q_full.index(i), q_tiles.index(i), True)
+        fetch(q, q_row + 64 * i, column, q_full.index(i), q_tiles.index(i))
     for j in range(0, blocks):
         slot, turn = j % STAGES, (j // STAGES) & 1
         mbarrier.wait(k_empty.index(slot), turn ^ 1)  # at once in the first turn
-        fetch(k, last - j * BLOCK_N, column, k_full.index(slot), k_tiles.index(slot), True)
+        fetch(k, last - j * BLOCK_N, column, k_full.index(slot), k_tiles.index(slot))
         mbarrier.wait(v_empty.index(slot), turn ^ 1)
-        fetch(v, last - j * BLOCK_N, column, v_full.index(slot), v_tiles.index(slot), True)
+        fetch(v, last - j * BLOCK_N, column, v_full.index(slot), v_tiles.index(slot))
 
 
 @gluon_jit
@@ -1064,8 +1068,7 @@ def fused_ops(fp8: bool) -> SimpleNamespace:
         split_heads=split_heads,
         add_gated=add_gated,
         apply_mlp=partial(apply_mlp, fp8=fp8),
-        join_gelu=partial(join_gelu, fp8=fp8),
-        fan_out=partial(fan_out, fp8=fp8),
+        fan_out=fan_out,
         fan_in=partial(fan_in, fp8=fp8),
         takes_rows=True,
         attend_linear=attend_linear,

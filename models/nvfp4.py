@@ -78,13 +78,8 @@ def round_activations(x: Tensor) -> Tensor:
 
 def round_fp8(x: Tensor) -> Tensor:
     """(..., K) -> the same in E4M3, a scale a row: what Hopper multiplies."""
-    scale = row_scales(x)
+    scale = kernels.row_scales(x)
     return (x / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float() * scale
-
-
-def row_scales(x: Tensor) -> Tensor:
-    """(..., K) -> (..., 1): the largest magnitude of a row becomes 448."""
-    return (x.abs().amax(-1, keepdim=True) / E4M3_MAX).clamp(min=kernels.TINY)
 
 
 def pack(values: Tensor) -> Tensor:
@@ -107,8 +102,7 @@ def unpack(packed: Tensor, scales: Tensor) -> Tensor:
 class QuantLinear(nn.Module):
     """eq. (2) in place of a linear layer, or of a 1x1 convolution.
 
-    activations: bits of the inputs: 4 (NVFP4), 8 (FP8, a scale a token: eq. (3)) or 16 (as they
-    come).
+    activations: bits of the inputs: 4 (NVFP4), 8 (FP8: eq. (3)) or 16 (as they come).
     """
 
     def __init__(self, like: nn.Module, rank: int, activations: int, tensor_scale: float):
@@ -151,7 +145,7 @@ class QuantLinear(nn.Module):
 
 
 def fake_linear(hidden: Tensor, layer: QuantLinear) -> Tensor:
-    """eq. (2), the definition: (M, K) -> (M, N). Numbers are rounded as below, then multiplied."""
+    """eq. (2) or (3), the definition: (M, K) -> (M, N). Rounded as below, then multiplied."""
     k, dtype = layer.in_features, hidden.dtype
     if layer.activations == 8:
         inputs, weight = (round_fp8(x).to(dtype) for x in (hidden.float(), whole_weight(layer)))
@@ -182,13 +176,13 @@ def whole_weight(layer: QuantLinear) -> Tensor:
 #                                     scale a row, the branch inside
 # any      16 bits (modulations)      code * scale, exact              16 x 16 bits: W4A16
 #
-# On Hopper a product that unpacks codes on their way to the tensor cores was slower: 0.68 ms with the
-# best tile where FP8 takes 0.35 (4608 x 15360 x 3072, one H200, Triton 3.6, commit 7c4c447). With
-# eight bits an outlier of the inputs costs little: no smoothing, no branch, and what comes before a
-# layer is as in FP8. The detour costs the same for one token as for thousands.
+# On Hopper a product that unpacks codes on their way to the tensor cores was slower: 0.68 ms with
+# the best tile where FP8 takes 0.35 (4608 x 15360 x 3072, one H200, Triton 3.6, commit 7c4c447).
+# With eight bits an outlier of the inputs costs little: no smoothing, no branch, and what comes
+# before a layer is as in FP8. The detour costs the same for one token as for thousands.
 #
-# W4A16 keeps even and odd channels apart: a byte holds one of each, the inputs are put in that order,
-# and a sum does not mind it.
+# W4A16 keeps even and odd channels apart: a byte holds one of each, the inputs are put in that
+# order, and a sum does not mind it.
 
 
 @jit
@@ -470,7 +464,7 @@ def make_real(layer: QuantLinear) -> None:
     """Ready for the kernels, which are told apart by the bits of the inputs."""
     layer.real = True
     if layer.activations == 8:
-        scale = row_scales(whole_weight(layer))  # (N, 1)
+        scale = kernels.row_scales(whole_weight(layer))  # (N, 1)
         scale = F.pad(scale, (0, 0, 0, -layer.out_features % BLOCK), value=1.0)
         layer.register_buffer("weight_scale", scale, persistent=False)
         return

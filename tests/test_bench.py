@@ -124,7 +124,7 @@ def test_the_floor_is_operations_over_rates(small):
 
 def test_the_ladder_knows_lossless_from_lossy(small, monkeypatch, capsys):
     monkeypatch.setattr(bench, "fp8_runs", lambda device: True)
-    monkeypatch.setattr(bench, "fp4", lambda device: "w4a8")
+    monkeypatch.setattr(bench, "fp4_runs", lambda device: True)
     monkeypatch.setattr(kernels, "runs_on", lambda device: False)  # the interpreter takes minutes
     found = {}
     bench.measure_ladder(replace(CONFIG, models="flux"), small, found)
