@@ -374,9 +374,6 @@ def passes(model: nn.Module, config, recover: bool, device) -> Callable[[Batch],
 
     Forward and backward are two passes; with --micro-batch they are several times two.
     """
-    # On Hopper, torch 2.11's default, cuDNN's attention, has a faulty backward (NaN: pytorch issue
-    # 196678); a step of FLUX with it ended in an illegal address on an H200.
-    torch.backends.cuda.enable_cudnn_sdp(False)
 
     def forward_and_backward(part: Batch, share: float) -> Tensor:
         with training.autocast(model, device):

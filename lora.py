@@ -14,7 +14,8 @@ Cost    The toy: see the README.
 Source  DC-Gen, arXiv 2509.25180 (rank 256, alpha 256 for FLUX); LoRA, arXiv 2106.09685.
 Differs The modulation layers (27% of FLUX's weights, one row a picture) get no LoRA. On the toy the
         doors learn at three times the rate (--door-rate).
-Limits  What the data does not show is forgotten in the end, low rank or not: the README has figures.
+Limits  What the data does not show is forgotten in the end, low rank or not; --decay slows that
+        down. The README has figures.
 """
 
 import json
@@ -292,8 +293,8 @@ def run(config: Config, spec: dict, out: Path, device: torch.device) -> None:
     save_dtype = weights.pick_dtype(config.save_dtype, "--save-dtype")
     if config.full and config.decay:
         raise UserError(
-            f"--decay {config.decay:g} takes LoRA back to nothing; --full has none, and all weights "
-            f"would go to zero: one of them"
+            f"--decay {config.decay:g} takes LoRA back to nothing; --full has none, and all "
+            f"weights would go to zero: one of them"
         )
     base_spec = sample.describe(config.model)
     is_toy, shift = spec["text"] == "toy", spec["shift"]

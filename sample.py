@@ -471,8 +471,8 @@ def known_before(
     parameter, batch = next(model.parameters()), len(cond[0])
     device, dtype = parameter.device, parameter.dtype
     levels = torch.tensor(timesteps, device=device)[:, None].expand(-1, batch)  # (S, B)
-    steps = len(timesteps)
     if isinstance(model, flux.Flux):
+        steps = len(timesteps)
         text, pooled = (tensor.to(dtype) for tensor in cond)
         scale = None if guidance is None else torch.full((steps * batch,), guidance, device=device)
         conditions = model.condition(levels.flatten(), scale, pooled.repeat(steps, 1))  # (S B, D)
@@ -542,7 +542,7 @@ def describe(model: str, autoencoder: str = "") -> dict:
 
 
 def is_sana(spec: dict) -> bool:
-    """Is the transformer a Sana, guided by two passes? Otherwise a Flux, which takes no null_cond."""
+    """Is the transformer a Sana, guided by two passes? Else it is a Flux, without null_cond."""
     return spec.get("family", spec["text"]) == "sana"
 
 

@@ -941,7 +941,7 @@ def make_sana(args) -> None:
     def keep(modules: list[nn.Module]) -> None:
         write("sana", modules[0], args.out)
 
-    # In TF32: on a GPU the bf16 steps of this one ended in NaN.
+    # In TF32: LoRA's captured steps of the toy FLUX ended in NaN in bf16.
     how = dict(mixed=False, keep=keep)
     trained = train_base(sana, text, scenes, args.seconds, args.batch, args.lr, **how)
     if is_first():

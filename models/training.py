@@ -369,7 +369,7 @@ def save_last(path: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> 
 
 
 def adamw(groups: list[dict]) -> torch.optim.AdamW:
-    """groups: {"params": [...], "scale": of the learning rate}.
+    """groups: {"params": [...], "scale": of the learning rate, "weight_decay": 0 unless given}.
 
     Fused where it is large: unfused, AdamW's temporaries are a copy of all that is trained.
     """
@@ -439,6 +439,9 @@ class Metrics:
 
 def ready_blocks(blocks: list[nn.Module], config) -> None:
     """--compile and --checkpointing, block by block: blocks of a kind are compiled once."""
+    # On Hopper, torch 2.11's default, cuDNN's attention, has a faulty backward (NaN: pytorch issue
+    # 196678); a step of FLUX with it ended in an illegal address on an H200.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     for block in blocks:
         if config.compile:
             block.forward = torch.compile(block.forward)
