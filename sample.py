@@ -29,6 +29,7 @@ import re
 import textwrap
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -690,27 +691,35 @@ def encode_text(
 
 @torch.no_grad()
 def decode(autoencoder: nn.Module, latents: Tensor) -> Tensor:
-    """(B, C, h, w) -> images (B, 3, H, W) on the CPU, one by one, in tiles if memory is short."""
+    """(B, C, h, w) -> images (B, 3, H, W) on the CPU; in tiles if memory is short.
+
+    Large ones one by one.
+    """
     device = next(autoencoder.parameters()).device
     images = []
-    for single in latents.to(device).split(1):
+    for few in latents.to(device).split(decoded_together(autoencoder, latents)):
         image = None
-        if decode_bytes(autoencoder, single) < free_bytes(device):
+        if decode_bytes(autoencoder, few) < free_bytes(device):
             try:
-                image = autoencoder.decode(single)
+                image = autoencoder.decode(few)
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
         if image is None:
-            image = dcae.tiled_decode(autoencoder, single)
+            image = torch.cat([dcae.tiled_decode(autoencoder, single) for single in few.split(1)])
         images.append(image.float().cpu())
     return torch.cat(images)
+
+
+def decoded_together(autoencoder: nn.Module, latents: Tensor) -> int:
+    """Small pictures: too little alone for a GPU, and eight toys are what a CPU's caches hold."""
+    return max(1, 2**17 // (latents[0, 0].numel() * autoencoder.stride**2))
 
 
 def decode_bytes(autoencoder: nn.Module, latents: Tensor) -> int:
     """An estimate: the widest layers at full resolution, of which a few are alive at once."""
     config = autoencoder.config
     width = config.get("decoder_block_out_channels") or config["block_out_channels"]
-    pixels = latents[0, 0].numel() * autoencoder.stride**2
+    pixels = latents[:, 0].numel() * autoencoder.stride**2
     return 6 * width[0] * pixels * next(autoencoder.parameters()).element_size()
 
 
@@ -874,23 +883,40 @@ def save_pictures(
     """Decode, crop, write. Latents took minutes to make: they are kept if that fails."""
     if not torch.isfinite(latents).all():
         raise UserError(f"the latents hold NaN or Inf in {config.dtype}: try --dtype bf16 or fp32")
-    for single, (prompt, seed), path in zip(latents.split(1), jobs, paths):
-        notes = PngImagePlugin.PngInfo()
-        notes.add_text("recipe", write_recipe(config, prompt, seed))
-        notes.add_text("Software", f"torch {torch.__version__}")
+    rows, together = (
+        list(zip(latents.split(1), jobs, paths)),
+        decoded_together(autoencoder, latents),
+    )
+    for first in range(0, len(rows), together):
+        few = rows[first : first + together]
         try:
-            (image,) = decode(autoencoder, single)
-            dcae.to_pil(crop(image, parse_size(config.size))).save(path, pnginfo=notes)
+            images = decode(autoencoder, torch.cat([single for single, _, _ in few]))
+            with ThreadPoolExecutor() as pool:  # compressing does not hold the GIL
+                list(pool.map(lambda image, row: write(image, config, *row[1:]), images, few))
         except (RuntimeError, OSError) as error:  # no memory, on any device; no room on the disk
-            kept = path.with_suffix(".latents.safetensors")
-            weights.save(kept, {"latents": single}, {"recipe": write_recipe(config, prompt, seed)})
+            kept = [keep_latents(config, *row) for row in rows[first:]]
             reason = str(error).split("\n")[0]
+            others = f" (and {len(kept) - 1} more beside it)" * (len(kept) > 1)
             raise UserError(
-                f"decoding failed ({reason}); the latents are in {kept}: "
-                f"python sample.py --from {kept} decodes them, with --device cpu if need be"
+                f"decoding failed ({reason}); the latents are in {kept[0]}{others}: "
+                f"python sample.py --from {kept[0]} decodes them, with --device cpu if need be"
             ) from error
-        if config.prompts:  # the layout that align.py --data reads; written last, it marks the end
-            path.with_suffix(".txt").write_text(" ".join(prompt.split()) + "\n")
+
+
+def write(image: Tensor, config: Config, job: tuple[str, int], path: Path) -> None:
+    """(3, H, W) in [-1, 1] and its recipe as a PNG; for --prompts its caption too."""
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("recipe", write_recipe(config, *job))
+    notes.add_text("Software", f"torch {torch.__version__}")
+    dcae.to_pil(crop(image, parse_size(config.size))).save(path, pnginfo=notes)
+    if config.prompts:  # the layout that align.py --data reads; written last, it marks the end
+        path.with_suffix(".txt").write_text(" ".join(job[0].split()) + "\n")
+
+
+def keep_latents(config: Config, latents: Tensor, job: tuple[str, int], path: Path) -> Path:
+    kept = path.with_suffix(".latents.safetensors")
+    weights.save(kept, {"latents": latents}, {"recipe": write_recipe(config, *job)})
+    return kept
 
 
 def unmade(

@@ -381,8 +381,11 @@ class Stored:
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """(B, ...), of rows (B,) of one shape."""
+        rows = rows.tolist()
+        if all(i in self.kept for i in rows):  # a small model's step is shorter than a pool's start
+            return torch.stack([self.kept[i] for i in rows])
         with ThreadPoolExecutor(THREADS) as pool:
-            return torch.stack(list(pool.map(self.row, rows.tolist())))
+            return torch.stack(list(pool.map(self.row, rows)))
 
     def row(self, i: int) -> Tensor:
         if i in self.kept:
@@ -459,10 +462,11 @@ def store_latents(
     batches = batches_of_a_size(folder, store.lacks(keys))[share]
     if batches:
         autoencoder = load()
-        for rows in tqdm(batches, label, leave=False, unit="batch"):
-            latents = encode_rows(folder, rows, autoencoder, device, dtype)
-            for row, single in zip(rows, latents):
-                store.write(keys[row], {"latents": single})
+        with ThreadPoolExecutor(THREADS) as pool:  # a file waits for the disk
+            for rows in tqdm(batches, label, leave=False, unit="batch"):
+                latents = encode_rows(folder, rows, autoencoder, device, dtype)
+                files = zip([keys[row] for row in rows], latents)
+                list(pool.map(lambda file: store.write(file[0], {"latents": file[1]}), files))
     return keys
 
 
