@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,7 @@ MEMORY = 2 * 2**30  # bytes of each kind of cached rows that stay in memory once
 RULES = 2  # part of every key: count up when pixels or captions come out differently
 VALIDATION = 64  # pictures held out, an eighth at most
 FEWEST = 16  # pictures to train on
+MOST_PIXELS = {"cpu": 2**17}  # of a batch to encode (or one picture): what a CPU's caches hold
 THREADS = 8  # Pillow decodes without the GIL; each thread holds one full-size picture
 
 # ---- one picture
@@ -345,55 +346,69 @@ def cached(
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of small safetensors, one for each key: what is killed half way goes on."""
+    """A folder of safetensors that each hold the rows of a batch: what is killed half way goes on."""
 
     folder: Path
 
-    def path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.safetensors"
+    def files(self) -> dict[str, Path]:
+        """Where each key's row is, by the headers of all files; a damaged file holds none."""
+        places = {}
+        for path in sorted(self.folder.glob("??/*.safetensors")):
+            try:
+                names = open_checkpoint(path).shapes
+            except UserError:
+                continue
+            places |= dict.fromkeys((name.split(".")[0] for name in names), path)
+        return places
 
     def lacks(self, keys: Sequence[str]) -> list[int]:
-        """Which of them are not there, or damaged."""
-        return [i for i, key in enumerate(keys) if not is_sound(self.path(key))]
+        """Which of them are not there."""
+        places = self.files()
+        return [i for i, key in enumerate(keys) if key not in places]
 
-    def write(self, key: str, tensors: dict[str, Tensor]) -> None:
-        save(self.path(key), tensors, {"key": key})
+    def write(self, rows: dict[str, dict[str, Tensor]]) -> None:
+        """{key: {name: tensor}}, as one file."""
+        tensors = {f"{key}.{name}": t for key, row in rows.items() for name, t in row.items()}
+        name = digest(*rows)
+        save(self.folder / name[:2] / f"{name}.safetensors", tensors, {})
 
-    def rows(self, keys: Sequence[str], name: str) -> "Stored":
-        return Stored([self.path(key) for key in keys], name)
-
-
-def is_sound(path: Path) -> bool:
-    try:
-        return path.exists() and bool(open_checkpoint(path).shapes)
-    except UserError:
-        return False
+    def rows(self, keys: Sequence[str], name: str) -> "Tensor | Stored":
+        """One tensor (n, ...) if all rows have one shape and fit in MEMORY; otherwise from disk."""
+        places = self.files()
+        stored = Stored([(places[key], f"{key}.{name}") for key in keys])
+        return stored.all() if stored.is_small() else stored
 
 
 class Stored:
     """Tensors on disk, read when asked for: stands for one tensor (n, ...) of all of them."""
 
-    def __init__(self, paths: list[Path], name: str):
-        self.paths, self.name, self.kept, self.room = paths, name, {}, MEMORY
+    def __init__(self, places: list[tuple[Path, str]]):
+        self.places, self.kept, self.room = places, {}, MEMORY
+        self.open = lru_cache(maxsize=256)(open_checkpoint)  # a header names a batch of rows
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.places)
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """(B, ...), of rows (B,) of one shape."""
-        rows = rows.tolist()
-        if all(i in self.kept for i in rows):  # a small model's step is shorter than a pool's start
-            return torch.stack([self.kept[i] for i in rows])
         with ThreadPoolExecutor(THREADS) as pool:
-            return torch.stack(list(pool.map(self.row, rows)))
+            return torch.stack(list(pool.map(self.row, rows.tolist())))
 
     def row(self, i: int) -> Tensor:
         if i in self.kept:
             return self.kept[i]
-        tensor = open_checkpoint(self.paths[i]).get(self.name)
+        path, name = self.places[i]
+        tensor = self.open(path).get(name)
         if tensor.nbytes < self.room:
             self.kept[i], self.room = tensor, self.room - tensor.nbytes
         return tensor
+
+    def is_small(self) -> bool:
+        shapes = {self.open(path).shapes[name] for path, name in self.places}
+        return len(shapes) == 1 and self.row(0).nbytes * len(self) <= MEMORY
+
+    def all(self) -> Tensor:
+        return torch.stack([self.row(i) for i in range(len(self))])
 
 
 @torch.no_grad()
@@ -428,7 +443,7 @@ def encode_images(
     return torch.cat([encode_rows(source, r, autoencoder, device, dtype) for r in rows])
 
 
-def batches_of_a_size(folder: Folder, rows: Sequence[int], pixels: int = 2**22) -> list[list[int]]:
+def batches_of_a_size(folder: Folder, rows: Sequence[int], pixels: int) -> list[list[int]]:
     """Rows in batches of one size and at most so many pixels (or one picture)."""
     of_size = {}
     for row in rows:
@@ -459,14 +474,13 @@ def store_latents(
         digest("latents", identity, str(dtype), sha256, size)
         for sha256, size in zip(folder.hashes, folder.sizes)
     ]
-    batches = batches_of_a_size(folder, store.lacks(keys))[share]
+    pixels = MOST_PIXELS.get(device.type, 2**22)
+    batches = batches_of_a_size(folder, store.lacks(keys), pixels)[share]
     if batches:
         autoencoder = load()
-        with ThreadPoolExecutor(THREADS) as pool:  # a file waits for the disk
-            for rows in tqdm(batches, label, leave=False, unit="batch"):
-                latents = encode_rows(folder, rows, autoencoder, device, dtype)
-                files = zip([keys[row] for row in rows], latents)
-                list(pool.map(lambda file: store.write(file[0], {"latents": file[1]}), files))
+        for rows in tqdm(batches, label, leave=False, unit="batch"):
+            latents = encode_rows(folder, rows, autoencoder, device, dtype)
+            store.write({keys[row]: {"latents": single} for row, single in zip(rows, latents)})
     return keys
 
 
@@ -475,7 +489,7 @@ def store_latents(
 
 @dataclass(frozen=True)
 class Pictures:
-    """What both stages train on, encoded once: tensors, or rows that stay on disk (Stored)."""
+    """What both stages train on, encoded once: tensors, or rows on disk (Stored)."""
 
     base_latents: Tensor | Stored | None  # (n, C, h, w) of the base's autoencoder
     latents: Tensor | Stored  # (n, C', h', w') of the new one
@@ -531,7 +545,7 @@ class Encoder:
 def encode(source, encoder: Encoder, cache: Path) -> "Tensor | Stored":
     """Latents (n, C, h, w) of every picture, each process having encoded its part.
 
-    source: a Folder, whose latents stay on disk, or the toy world, whose latents are one file.
+    source: a Folder, whose latents are a file a batch, or the toy world, whose latents are one file.
     """
     how = (encoder.load, encoder.device, encoder.dtype, encoder.name)
     if isinstance(source, Folder):
@@ -553,7 +567,7 @@ def encode(source, encoder: Encoder, cache: Path) -> "Tensor | Stored":
 def encode_captions(
     kind: str, repo: str, captions: list[str], cache: Path, device, dtype: torch.dtype
 ) -> tuple[list[str], tuple, tuple]:
-    """(the distinct captions, their cond, null_cond): tensors (toy), or rows that stay on disk."""
+    """(the distinct captions, their cond, null_cond): tensors (toy), or rows kept on disk."""
     distinct = sorted(set(captions))
     if kind in text.TOYS:
         cond, _ = text.encode(kind, repo, ["", *distinct], device=device)
@@ -566,7 +580,7 @@ def encode_captions(
         rows = text.encode_each(kind, repo, [prompts[i] for i in missing], device, dtype)
         bar = tqdm(missing, "text", leave=False)
         for outputs, i in zip(rows, bar):
-            store.write(keys[i], {str(j): output for j, output in enumerate(outputs)})
+            store.write({keys[i]: {str(j): output for j, output in enumerate(outputs)}})
     training.wait_for_all()
     null = tuple(store.rows(keys[:1], str(i))[torch.tensor([0])] for i in range(2))
     return distinct, tuple(store.rows(keys[1:], str(i)) for i in range(2)), null

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from models import data
 from models.data import (
     MAX_RATIO,
     Store,
+    Stored,
     batches_of_a_size,
     buckets,
     cached,
@@ -522,16 +524,31 @@ def test_latents_are_made_once_and_again_for_whatever_has_changed(tmp_path):
     assert loads == 0 and sorted(again) == sorted(keys)
 
 
-def test_a_damaged_row_is_encoded_again(tmp_path):
+def test_what_a_damaged_file_held_is_encoded_again(tmp_path, monkeypatch):
     for i in range(3):
         write(tmp_path / "in" / f"{i}.png", (40 + i, 40))
     store, folder = Store(tmp_path / "cache"), open_folder(tmp_path / "in", 32)
+    monkeypatch.setitem(data.MOST_PIXELS, "cpu", 2 * 32 * 32)  # two pictures in a file, and one
     keys, _ = encode_all(folder, store)
-    before = store.path(keys[1]).read_bytes()
-    store.path(keys[1]).write_bytes(before[:-4])
-    assert store.lacks(keys) == [1]
+    path = store.files()[keys[1]]
+    before = path.read_bytes()
+    path.write_bytes(before[:-4])
+    assert store.lacks(keys) == [0, 1]
     assert encode_all(folder, store) == (keys, 1)
-    assert store.path(keys[1]).read_bytes() == before
+    assert path.read_bytes() == before and len(set(store.files().values())) == 2
+
+
+def test_rows_of_one_shape_are_one_tensor_if_memory_allows(tmp_path, monkeypatch):
+    store, rows = Store(tmp_path), [torch.full((2, 3), float(i)) for i in range(4)]
+    store.write({f"a{i}": {"x": row} for i, row in enumerate(rows)})
+    store.write({"b": {"x": torch.zeros(5)}})
+    keys, some = ["a2", "a0", "a3"], torch.tensor([1, 2])
+    wanted = torch.stack([rows[2], rows[0], rows[3]])
+    assert torch.equal(store.rows(keys, "x"), wanted)
+    assert isinstance(store.rows(["a0", "b"], "x"), Stored)
+    monkeypatch.setattr(data, "MEMORY", wanted.nbytes - 1)
+    stored = store.rows(keys, "x")
+    assert isinstance(stored, Stored) and torch.equal(stored[some], wanted[some])
 
 
 def test_the_digest_of_weights_is_of_their_content(tmp_path):

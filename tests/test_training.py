@@ -98,6 +98,7 @@ def victim(out: Path, ready) -> None:
 
 def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path):
     """Half of the kills hit inside a save."""
+    torch.set_num_threads(1)  # as in a victim: the number of threads is in the bits
     train(tmp_path / "whole")
     out, rng = tmp_path / "killed", random.Random(0)
     out.mkdir()
