@@ -450,6 +450,14 @@ def ready_blocks(blocks: list[nn.Module], config) -> None:
             block.forward = functools.partial(checkpoint, block.forward, **how)
 
 
+def eager():
+    """For functions that measure and show: blocks compiled for steps run as they are.
+
+    Every batch of another size would be compiled anew, longer than it takes.
+    """
+    return torch.compiler.set_stance("force_eager")
+
+
 def captured(step: Callable, warmup: int = 3) -> Callable:
     """`step()` as one CUDA graph: at toy sizes a step is hundreds of launches and little work.
 

@@ -1,5 +1,6 @@
 """Nothing is lost: kills, signals, NaNs, several processes; and what is estimated is what is used."""
 
+import functools
 import json
 import math
 import multiprocessing
@@ -421,6 +422,23 @@ def test_torchrun_gives_what_python_gives(tmp_path):
     one, two = (json.loads(done.stdout.splitlines()[-1]) for done in (alone, both))
     assert two["held_out_loss"] == pytest.approx(one["held_out_loss"], rel=1e-4)
     assert sum(line.startswith("align | ") for line in both.stdout.splitlines()) == 1
+
+
+def test_blocks_are_compiled_for_steps_and_nothing_else(tmp_path, monkeypatch):
+    compile_ = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", compile_)
+    config, pictures, model = replace(CONFIG, steps=3), tiny_pictures(), fresh_model()
+    align.train_doors(model, pictures, config, 2.0, CPU, tmp_path / "plain")
+    model = fresh_model()
+    training.ready_blocks(align.blocks(model), replace(config, compile=True))
+    torch._dynamo.utils.counters.clear()
+    align.train_doors(model, pictures, config, 2.0, CPU, tmp_path / "compiled")
+    assert losses(tmp_path / "compiled") == losses(tmp_path / "plain")
+    made = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert made > 0
+    align.held_out_loss(model, pictures, config, 2.0, CPU)  # batches of another size
+    align.feature_distance(model, tiny_base(), pictures, config, CPU, n=2)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made
 
 
 def test_batches_drawn_ahead_are_those_of_their_steps():
