@@ -712,7 +712,8 @@ def decode(autoencoder: nn.Module, latents: Tensor) -> Tensor:
 
 def decoded_together(autoencoder: nn.Module, latents: Tensor) -> int:
     """Small pictures: too little alone for a GPU, and eight toys are what a CPU's caches hold."""
-    return max(1, 2**17 // (latents[0, 0].numel() * autoencoder.stride**2))
+    pixels = 2**20 if next(autoencoder.parameters()).is_cuda else 2**17
+    return max(1, pixels // (latents[0, 0].numel() * autoencoder.stride**2))
 
 
 def decode_bytes(autoencoder: nn.Module, latents: Tensor) -> int:
@@ -891,8 +892,9 @@ def save_pictures(
         few = rows[first : first + together]
         try:
             images = decode(autoencoder, torch.cat([single for single, _, _ in few]))
+            pictures = [dcae.to_pil(crop(image, parse_size(config.size))) for image in images]
             with ThreadPoolExecutor() as pool:  # compressing does not hold the GIL
-                list(pool.map(lambda image, row: write(image, config, *row[1:]), images, few))
+                list(pool.map(lambda image, row: write(image, config, *row[1:]), pictures, few))
         except (RuntimeError, OSError) as error:  # no memory, on any device; no room on the disk
             kept = [keep_latents(config, *row) for row in rows[first:]]
             reason = str(error).split("\n")[0]
@@ -903,12 +905,11 @@ def save_pictures(
             ) from error
 
 
-def write(image: Tensor, config: Config, job: tuple[str, int], path: Path) -> None:
-    """(3, H, W) in [-1, 1] and its recipe as a PNG; for --prompts its caption too."""
+def write(picture: Image.Image, config: Config, job: tuple[str, int], path: Path) -> None:
+    """As a PNG with its recipe; for --prompts its caption too."""
     notes = PngImagePlugin.PngInfo()
     notes.add_text("recipe", write_recipe(config, *job))
     notes.add_text("Software", f"torch {torch.__version__}")
-    picture = dcae.to_pil(crop(image, parse_size(config.size)))
     picture.save(path, pnginfo=notes, compress_level=1)  # at 4096 x 4096 1 s instead of 3
     if config.prompts:  # the layout that align.py --data reads; written last, it marks the end
         path.with_suffix(".txt").write_text(" ".join(job[0].split()) + "\n")
