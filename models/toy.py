@@ -34,9 +34,9 @@ from dcae import DCAE
 from models import training, weights
 from models.flux import Flux, sinusoid
 from models.sana import QK_NORM, Sana
-from models.text import SanaToyText, ToyText
+from models.text import TOYS, SanaToyText, ToyText
 from models.vae import FluxVAE
-from sample import MODELS, draw_noise, sample, timesteps
+from sample import MODELS, draw_noise, load_pipeline, sample, text_kind, timesteps
 
 HERE = Path(__file__).parent / "toy"
 SIZE = 128  # pixels, height = width
@@ -883,6 +883,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="bases: go on from what is in --out")
     parser.add_argument("--scenes", type=int, default=400_000, help="for bases, on each GPU")
+    parser.add_argument("--model", default="", help="score: this one, such as dc-gen-toy or a run")
     parser.add_argument("--per-task", type=int, default=50, help="prompts of each task to score by")
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
@@ -900,7 +901,9 @@ def main() -> None:
         make_sana(args)
     elif args.what != "score":
         make_autoencoder(args)
-    if args.what in ("flux", "sana", "score") and is_first():
+    if args.what == "score" and args.model:
+        score_model(args)
+    elif args.what in ("flux", "sana", "score") and is_first():
         print_scores(args)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -986,6 +989,19 @@ def print_scores(args) -> None:
             rates, _ = evaluate(*parts, prompts, guidance, shift=shift)
             rates = {task: round(rate, 3) for task, rate in rates.items()}
             print(json.dumps(dict(what=what, guidance=guidance, **rates)), flush=True)
+
+
+def score_model(args) -> None:
+    """A toy model, base or not, at its own guidance, by the prompts of align.py and lora.py."""
+    device = weights.pick_device()
+    spec, model, autoencoder = load_pipeline(args.model, device=device)
+    if spec["text"] != "toy":
+        raise weights.UserError(f"--model {args.model} knows more than shapes: wanted a toy model")
+    text = TOYS[text_kind(spec)].from_pretrained(spec["repo"], device)
+    prompts = draw_prompts(args.per_task, seed=7)
+    how = (spec["guidance"], spec["steps"], spec.get("shift"))
+    rates, _ = evaluate(model, autoencoder, text, prompts, *how)
+    print(json.dumps(dict(what=args.model, prompts=len(prompts), **rates)))
 
 
 if __name__ == "__main__":
