@@ -392,7 +392,7 @@ DC_GEN_F64 = {"in_channels": 128, "out_channels": 128, "sample_size": 16}
 PRESETS = {
     "sana-toy": {
         "path": "models/toy/sana.safetensors",
-        "made_by": "python -m models.toy sana",
+        "made_by": "python -m models.pretrain sana",
     },
     "sana-0.6b-512": {
         "hub": "Efficient-Large-Model/Sana_600M_512px_diffusers",

@@ -12,7 +12,7 @@ from torch import nn
 
 import align
 from align import Batch, Config, Pictures
-from models import toy, weights
+from models import pretrain, weights
 from models.flux import Flux
 from models.sana import Sana
 from models.weights import UserError
@@ -226,7 +226,7 @@ def sana_toy(folder: Path) -> str:
     """A base of the second toy's kind, with random weights."""
     torch.manual_seed(0)
     width = dict(num_layers=2, num_attention_heads=1, num_cross_attention_heads=1)
-    config = toy.CONFIGS["sana"] | width | dict(cross_attention_dim=32)
+    config = pretrain.CONFIGS["sana"] | width | dict(cross_attention_dim=32)
     file = folder / "sana.safetensors"
     weights.save(file, Sana(**config).state_dict(), {"config": json.dumps(config)})
     return str(file)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import sample
-from models import toy, weights
+from models import pretrain, toy, weights
 from models.sana import PRESETS, Sana
 from models.text import SanaToyText, ToyText
 from models.weights import UserError
@@ -87,7 +87,7 @@ def test_prompts_of_seen_tasks_name_no_held_out_concept_and_the_others_do():
 def test_scenes_and_captions_are_functions_of_their_seed():
     one, two = (toy.draw_scenes(50, seed=9) for _ in range(2))
     assert np.array_equal(one.x, two.x) and toy.captions(one, 1) == toy.captions(two, 1)
-    assert all(len(c.split()) < toy.CONFIGS["text"]["length"] for c in toy.captions(one, 1))
+    assert all(len(c.split()) < toy.LENGTH for c in toy.captions(one, 1))
 
 
 # ---- the second base
@@ -132,8 +132,8 @@ def test_training_the_second_base_writes_a_model_that_sample_py_takes(
     tmp_path, monkeypatch, capsys
 ):
     flags = f"--seconds 1 --batch 4 --scenes 24 --per-task 1 --out {tmp_path}"
-    monkeypatch.setattr("sys.argv", ["toy.py", "sana", *flags.split()])
-    toy.main()
+    monkeypatch.setattr("sys.argv", ["pretrain.py", "sana", *flags.split()])
+    pretrain.main()
     rows = [json.loads(r) for r in capsys.readouterr().out.splitlines() if r.startswith("{")]
     assert [row["guidance"] for row in rows] == [1, 2, 3, 4, 5] and rows[0]["what"] == "sana"
     file = tmp_path / "sana.safetensors"
@@ -145,32 +145,32 @@ def test_training_the_second_base_writes_a_model_that_sample_py_takes(
 
 def test_the_average_of_a_training_that_is_cut_short_is_kept(monkeypatch):
     clock = iter(range(0, 10_000, 30))
-    monkeypatch.setattr(toy.time, "time", lambda: next(clock))
+    monkeypatch.setattr(pretrain.time, "time", lambda: next(clock))
     layer, kept = nn.Linear(2, 1), []
     inputs = torch.randn(8, 2)
-    toy.train(lambda: layer(inputs).square().mean(), [layer], 600, 1e-2, "", keep=kept.append)
+    pretrain.train(lambda: layer(inputs).square().mean(), [layer], 600, 1e-2, "", keep=kept.append)
     assert len(kept) > 3 and isinstance(kept[0][0], nn.Linear)
 
 
 def test_a_step_that_is_not_finite_moves_nothing(monkeypatch):
     layer, calls = nn.Linear(2, 1), iter(range(10_000))
     clock = iter(range(10_000))
-    monkeypatch.setattr(toy.time, "time", lambda: next(clock))
+    monkeypatch.setattr(pretrain.time, "time", lambda: next(clock))
 
     def loss():
         return layer(torch.ones(4, 2)).square().mean() / (0.0 if next(calls) == 15 else 1.0)
 
-    toy.train(loss, [layer], 20, 1e-2, "")
+    pretrain.train(loss, [layer], 20, 1e-2, "")
     assert next(calls) > 100 and all(p.isfinite().all() for p in layer.parameters())
 
 
 def test_a_base_that_is_not_there_is_told_how_to_make():
     absent = PRESETS["sana-toy"] | {"path": "models/toy/absent.safetensors"}
-    with pytest.raises(UserError, match="is missing: `python -m models.toy sana` makes it"):
+    with pytest.raises(UserError, match="is missing: `python -m models.pretrain sana` makes it"):
         weights.locate("sana-toy", {"sana-toy": absent})
 
 
-@pytest.mark.skipif(not MADE.exists(), reason="no base: `python -m models.toy sana` makes it")
+@pytest.mark.skipif(not MADE.exists(), reason="no base: `python -m models.pretrain sana` makes it")
 def test_the_second_base_draws_a_red_circle(tmp_path, monkeypatch):
     argv = ["sample.py", "--model", "sana-toy", "--prompt", "a red circle"]
     monkeypatch.setattr("sys.argv", [*argv, "--n", "4", "--out", str(tmp_path)])
@@ -189,3 +189,16 @@ def test_captions_are_of_all_that_the_base_knows(monkeypatch, capsys):
     words = set(" ".join(lines).split())
     assert toy.HELD_OUT_SHAPE in words and toy.HELD_OUT_RELATION in words
     assert words <= set(toy.VOCABULARY)
+
+
+def test_a_score_is_that_of_the_model_named(monkeypatch, capsys):
+    rows = {}
+    for name in ("flux-toy", "dc-gen-toy"):
+        monkeypatch.setattr(sys, "argv", ["toy", "score", "--model", name, "--per-task", "2"])
+        toy.main()
+        rows[name] = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert rows[name]["model"] == name and rows[name]["prompts"] == 18
+        assert rows[name]["seen"] > 0.7 and rows[name]["held_out"] > 0.6
+    with pytest.raises(UserError, match="knows more than shapes"):
+        monkeypatch.setattr(toy, "load_pipeline", lambda *_, **__: ({"text": "flux"}, None, None))
+        toy.score_model("flux-krea", 1)
