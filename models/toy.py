@@ -575,11 +575,14 @@ def main() -> None:
     )
     parser.add_argument("what", choices=["captions", "score"])
     parser.add_argument("--scenes", type=int, default=3072, help="captions: of so many")
+    parser.add_argument("--held-out", action=argparse.BooleanOptionalAction, default=True,
+                        help="captions: of what post-training scenes leave out, too")  # fmt: skip
     parser.add_argument("--model", default="flux-toy", help="score: a name, or a run of ours")
     parser.add_argument("--per-task", type=int, default=50, help="score: prompts of each task")
     args = parser.parse_args()
     if args.what == "captions":
-        print("\n".join(captions(draw_scenes(args.scenes, seed=1), seed=1)))
+        scenes = draw_scenes(args.scenes, 1, args.held_out)
+        print("\n".join(captions(scenes, 1, args.held_out)))
     else:
         print(json.dumps(score_model(args.model, args.per_task)))
 

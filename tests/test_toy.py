@@ -189,6 +189,10 @@ def test_captions_are_of_all_that_the_base_knows(monkeypatch, capsys):
     words = set(" ".join(lines).split())
     assert toy.HELD_OUT_SHAPE in words and toy.HELD_OUT_RELATION in words
     assert words <= set(toy.VOCABULARY)
+    monkeypatch.setattr(sys, "argv", ["toy", "captions", "--scenes", "400", "--no-held-out"])
+    toy.main()
+    words = set(capsys.readouterr().out.split())
+    assert not {toy.HELD_OUT_SHAPE, toy.PLURAL["heart"], toy.HELD_OUT_RELATION} & words
 
 
 def test_a_score_is_that_of_the_model_named(monkeypatch, capsys):
