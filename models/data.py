@@ -351,14 +351,11 @@ class Store:
     folder: Path
 
     def files(self) -> dict[str, Path]:
-        """Where each key's row is, by the headers of all files; a damaged file holds none."""
+        """Where each key's row is, by the headers of all files."""
         places = {}
         for path in sorted(self.folder.glob("??/*.safetensors")):
-            try:
-                names = open_checkpoint(path).shapes
-            except UserError:
-                continue
-            places |= dict.fromkeys((name.split(".")[0] for name in names), path)
+            about = path.stat()
+            places |= dict.fromkeys(keys_in(path, about.st_size, about.st_mtime_ns), path)
         return places
 
     def lacks(self, keys: Sequence[str]) -> list[int]:
@@ -377,6 +374,15 @@ class Store:
         places = self.files()
         stored = Stored([(places[key], f"{key}.{name}") for key in keys])
         return stored.all() if stored.is_small() else stored
+
+
+@lru_cache(maxsize=None)
+def keys_in(path: Path, _size: int, _written: int) -> set[str]:
+    """Of the rows in a file of a Store; none if it is damaged. Read once, until written again."""
+    try:
+        return {name.split(".")[0] for name in open_checkpoint(path).shapes}
+    except UserError:
+        return set()
 
 
 class Stored:
@@ -404,8 +410,9 @@ class Stored:
         return tensor
 
     def is_small(self) -> bool:
-        shapes = {self.open(path).shapes[name] for path, name in self.places}
-        return len(shapes) == 1 and self.row(0).nbytes * len(self) <= MEMORY
+        if self.row(0).nbytes * len(self) > MEMORY:
+            return False
+        return len({self.open(path).shapes[name] for path, name in self.places}) == 1
 
     def all(self) -> Tensor:
         return torch.stack([self.row(i) for i in range(len(self))])
