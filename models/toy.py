@@ -160,10 +160,10 @@ def well_placed(x, y, radius, count, kind) -> np.ndarray:
 # ---- captions
 
 
-def captions(scenes: Scenes, seed: int, held_out: bool = True) -> list[str]:
+def captions(scenes: Scenes, seed: int, held_out: bool = True, uncolored: float = 0.6) -> list[str]:
     """One caption a scene. Colours, sizes and the background are sometimes left unsaid."""
     rng = np.random.default_rng(seed)
-    plain, swap = rng.random(len(scenes)) < 0.6, rng.random(len(scenes)) < 0.5
+    plain, swap = rng.random(len(scenes)) < uncolored, rng.random(len(scenes)) < 0.5
     sized, placed = rng.random(len(scenes)) < 0.3, rng.random(len(scenes)) < 0.3
     large = scenes.radius > 19
     background = list(BACKGROUNDS)
@@ -577,12 +577,15 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=3072, help="captions: of so many")
     parser.add_argument("--held-out", action=argparse.BooleanOptionalAction, default=True,
                         help="captions: of what post-training scenes leave out, too")  # fmt: skip
+    parser.add_argument(
+        "--uncolored", type=float, default=0.6, help="captions: share without colours"
+    )
     parser.add_argument("--model", default="flux-toy", help="score: a name, or a run of ours")
     parser.add_argument("--per-task", type=int, default=50, help="score: prompts of each task")
     args = parser.parse_args()
     if args.what == "captions":
         scenes = draw_scenes(args.scenes, 1, args.held_out)
-        print("\n".join(captions(scenes, 1, args.held_out)))
+        print("\n".join(captions(scenes, 1, args.held_out, args.uncolored)))
     else:
         print(json.dumps(score_model(args.model, args.per_task)))
 

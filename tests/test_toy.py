@@ -193,6 +193,10 @@ def test_captions_are_of_all_that_the_base_knows(monkeypatch, capsys):
     toy.main()
     words = set(capsys.readouterr().out.split())
     assert not {toy.HELD_OUT_SHAPE, toy.PLURAL["heart"], toy.HELD_OUT_RELATION} & words
+    monkeypatch.setattr(sys, "argv", ["toy", "captions", "--scenes", "400", "--uncolored", "0"])
+    toy.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert all(set(line.split()) & set(toy.COLOR_NAMES) for line in lines)
 
 
 def test_a_score_is_that_of_the_model_named(monkeypatch, capsys):
