@@ -884,10 +884,8 @@ def save_pictures(
     """Decode, crop, write. Latents took minutes to make: they are kept if that fails."""
     if not torch.isfinite(latents).all():
         raise UserError(f"the latents hold NaN or Inf in {config.dtype}: try --dtype bf16 or fp32")
-    rows, together = (
-        list(zip(latents.split(1), jobs, paths)),
-        decoded_together(autoencoder, latents),
-    )
+    rows = list(zip(latents.split(1), jobs, paths))
+    together = decoded_together(autoencoder, latents)
     for first in range(0, len(rows), together):
         few = rows[first : first + together]
         try:
