@@ -98,7 +98,8 @@ def settle_autoencoder(config):
 def open_source(config, size: int, factor: int, out: Path, device: torch.device):
     """Anything with captions, images(rows) and a key: a folder of the user's, or the toy world."""
     if config.data:
-        source = training.on_first(lambda: data.open_folder(config.data, size, factor))
+        notes = out / "cache" / "scan.json"
+        source = training.on_first(lambda: data.open_folder(config.data, size, factor, notes))
         source = data.shuffled(source)
         print(data.describe(source))
         if source.left_out and training.rank() == 0:

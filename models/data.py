@@ -15,6 +15,7 @@ Trust   Pictures are data from strangers: three well-tested formats, told by con
 """
 
 import codecs
+import contextlib
 import hashlib
 import json
 import math
@@ -137,10 +138,13 @@ def nearest(shapes: Sequence[tuple[int, int]], height: int, width: int) -> tuple
     return min(shapes, key=lambda shape: abs(math.log(shape[0] * width / (shape[1] * height))))
 
 
-def open_folder(folder: str | Path, resolution: int, factor: int = 0) -> Folder:
+def open_folder(
+    folder: str | Path, resolution: int, factor: int = 0, notes: Path | None = None
+) -> Folder:
     """Find pictures and captions, sub-folders included, and decode every picture once.
 
     factor: of the sides of all buckets, in pixels; 0: every picture is cropped to the square.
+    notes: a file that remembers the pictures found sound, for the next time.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -160,10 +164,12 @@ def open_folder(folder: str | Path, resolution: int, factor: int = 0) -> Folder:
         )
     shapes = buckets(resolution, factor) if factor else [(resolution, resolution)]
 
-    def look(path: Path) -> Look:
-        return inspect(path, shapes) if path in captions else Look(reason="has no caption")
+    seen = Seen(notes)
 
-    with ThreadPoolExecutor(THREADS) as pool:
+    def look(path: Path) -> Look:
+        return inspect(path, shapes, seen) if path in captions else Look(reason="has no caption")
+
+    with seen, ThreadPoolExecutor(THREADS) as pool:
         bar = tqdm(pool.map(look, pictures), "scan", len(pictures), leave=False, unit="img")
         scan = dict(zip(pictures, bar))
     absent = captions.keys() - set(pictures)
@@ -208,9 +214,48 @@ class Look:
     reason: str = ""  # to leave it out, in a phrase
 
 
-def inspect(path: Path, shapes: Sequence[tuple[int, int]]) -> Look:
+class Seen:
+    """What earlier scans found in sound pictures: of these only the dates are looked at again."""
+
+    def __init__(self, notes: Path | None):
+        self.notes, self.rows = notes, {}
+        try:
+            told = json.loads(notes.read_bytes()) if notes else {}
+            self.rows = dict(told["files"]) if told.get("rules") == RULES else {}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            pass  # absent or damaged: everything is looked at
+
+    def examine(self, path: Path) -> tuple[int, int, str]:
+        """(width, height, sha256) of a picture that decodes to its last pixel."""
+        try:
+            about = path.stat()
+        except OSError:
+            read_image(path)  # says what is wrong
+            raise
+        # The second date is the system's own: no copying sets it back.
+        stamp = [about.st_size, about.st_mtime_ns, about.st_ctime_ns]
+        name = os.path.abspath(path)
+        if self.rows.get(name, [None])[0] != stamp:
+            size = read_image(path).size
+            self.rows[name] = [stamp, *size, hashlib.sha256(path.read_bytes()).hexdigest()]
+        return tuple(self.rows[name][1:])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Kept when a scan is interrupted, too."""
+        if self.notes:
+            partial = self.notes.with_name(f".tmp-{self.notes.name}")
+            with contextlib.suppress(OSError):  # no room: the next scan takes longer
+                self.notes.parent.mkdir(parents=True, exist_ok=True)
+                partial.write_text(json.dumps({"rules": RULES, "files": self.rows}))
+                partial.replace(self.notes)
+
+
+def inspect(path: Path, shapes: Sequence[tuple[int, int]], seen: Seen) -> Look:
     try:
-        width, height = read_image(path).size
+        width, height, sha256 = seen.examine(path)
     except UserError as error:
         return Look(reason=str(error))
     size = nearest(shapes, height, width)
@@ -223,7 +268,7 @@ def inspect(path: Path, shapes: Sequence[tuple[int, int]]) -> Look:
         return Look(reason=f"is {width}x{height}: {cure}, or enlarge it yourself")
     if max(width, height) > MAX_RATIO * min(width, height):
         return Look(reason=f"is {width}x{height}: crop it to 1:{MAX_RATIO} or less")
-    return Look(size, hashlib.sha256(path.read_bytes()).hexdigest())
+    return Look(size, sha256)
 
 
 # ---- captions

@@ -487,6 +487,44 @@ def test_pictures_of_each_shape_are_cropped_to_it_and_counted(tmp_path):
 # ---- what is kept
 
 
+def test_a_second_scan_decodes_what_has_changed_alone(tmp_path, monkeypatch):
+    for i in range(4):
+        write(tmp_path / "in" / f"{i}.png", (40 + i, 40))
+    notes, decoded = tmp_path / "cache" / "scan.json", []
+
+    def scan(resolution: int = 32, break_at: str = "") -> tuple:
+        def note(path):
+            if path.name == break_at:
+                raise KeyboardInterrupt
+            decoded.append(path.name)
+            return read_image(path)
+
+        decoded.clear()
+        monkeypatch.setattr(data, "read_image", note)
+        return open_folder(tmp_path / "in", resolution, 0, notes), sorted(decoded)
+
+    read_image = data.read_image
+    first, read = scan()
+    assert read == ["0.png", "1.png", "2.png", "3.png"] and scan() == (first, [])
+    assert scan(36)[1] == []  # another size is another crop of the same pictures
+    date = os.stat(tmp_path / "in" / "2.png").st_mtime_ns
+    (tmp_path / "in" / "2.png").write_bytes((tmp_path / "in" / "3.png").read_bytes())
+    os.utime(tmp_path / "in" / "2.png", ns=(date, date))  # as cp -p would
+    write(tmp_path / "in" / "1.png", (60, 40))
+    changed, read = scan()
+    assert read == ["1.png", "2.png"] and changed.hashes[2] == first.hashes[3]
+    (tmp_path / "in" / "0.png").write_bytes(b"not a picture")
+    for _ in range(2):  # what is left out is looked at every time
+        folder, read = scan()
+        assert read == ["0.png"] and len(folder) == 3
+    notes.write_text('{"rules": ')  # damaged
+    assert scan()[1] == ["0.png", "1.png", "2.png", "3.png"]
+    notes.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        scan(break_at="3.png")
+    assert scan()[1] == ["0.png", "3.png"]  # an interrupted scan goes on
+
+
 def encode_all(folder, store, identity: str = "weights", dtype=torch.float32) -> tuple[list, int]:
     """(keys, how often the autoencoder was loaded)."""
     loads = []
