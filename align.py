@@ -263,7 +263,7 @@ def flow_loss(model: nn.Module, batch: Batch, recover: bool) -> Tensor:
 
 
 @torch.no_grad()
-@training.eager()
+@training.eager
 def held_out_loss(model: nn.Module, pictures: Pictures, config, shift: float, device) -> float:
     """Flow-matching loss on unseen pictures, at 8 fixed draws of noise, timestep and guidance."""
     fixed = replace(config, seed=0)
@@ -281,7 +281,7 @@ def held_out_loss(model: nn.Module, pictures: Pictures, config, shift: float, de
 
 
 @torch.no_grad()
-@training.eager()
+@training.eager
 def feature_distance(
     model: nn.Module, base: nn.Module, pictures: Pictures, config, device, n: int = 8
 ) -> list[float]:
@@ -418,7 +418,7 @@ def train_doors(
 # ---- report
 
 
-@training.eager()
+@training.eager
 def show_and_score(
     contestants: dict[str, tuple], spec: dict, config, device
 ) -> tuple[dict[str, dict], dict[str, Tensor], list[str]]:
@@ -434,7 +434,7 @@ def show_and_score(
     return scores, pictures, [prompt.text for prompt in prompts[:9]]
 
 
-@training.eager()
+@training.eager
 def preview(
     model: nn.Module, autoencoder: nn.Module, spec: dict, shift: float, pictures: Pictures, device
 ) -> tuple[Tensor, list[str]]:

@@ -884,15 +884,15 @@ def save_pictures(
     """Decode, crop, write. Latents took minutes to make: they are kept if that fails."""
     if not torch.isfinite(latents).all():
         raise UserError(f"the latents hold NaN or Inf in {config.dtype}: try --dtype bf16 or fp32")
-    rows = list(zip(latents.split(1), jobs, paths))
+    rows, size = list(zip(latents.split(1), jobs, paths)), parse_size(config.size)
     together = decoded_together(autoencoder, latents)
     for first in range(0, len(rows), together):
         few = rows[first : first + together]
         try:
             images = decode(autoencoder, torch.cat([single for single, _, _ in few]))
-            pictures = [dcae.to_pil(crop(image, parse_size(config.size))) for image in images]
+            pictures = [dcae.to_pil(crop(image, size)) for image in images]
             with ThreadPoolExecutor() as pool:  # compressing does not hold the GIL
-                list(pool.map(lambda image, row: write(image, config, *row[1:]), pictures, few))
+                list(pool.map(lambda picture, row: write(picture, config, *row[1:]), pictures, few))
         except (RuntimeError, OSError) as error:  # no memory, on any device; no room on the disk
             kept = [keep_latents(config, *row) for row in rows[first:]]
             reason = str(error).split("\n")[0]

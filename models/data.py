@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models import text, training
-from models.weights import UserError, open_checkpoint, save
+from models.weights import UserError, open_checkpoint, save, write_text
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # no others are tried: exotic decoders are where holes are
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -246,11 +246,8 @@ class Seen:
     def __exit__(self, *_) -> None:
         """Kept when a scan is interrupted, too."""
         if self.notes:
-            partial = self.notes.with_name(f".tmp-{self.notes.name}")
             with contextlib.suppress(OSError):  # no room: the next scan takes longer
-                self.notes.parent.mkdir(parents=True, exist_ok=True)
-                partial.write_text(json.dumps({"rules": RULES, "files": self.rows}))
-                partial.replace(self.notes)
+                write_text(self.notes, json.dumps({"rules": RULES, "files": self.rows}))
 
 
 def inspect(path: Path, shapes: Sequence[tuple[int, int]], seen: Seen) -> Look:
@@ -391,7 +388,7 @@ def cached(
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of safetensors that each hold the rows of a batch: what is killed half way goes on."""
+    """A folder of safetensors, one for the rows of a batch: what is killed half way goes on."""
 
     folder: Path
 
@@ -418,7 +415,10 @@ class Store:
         """One tensor (n, ...) if all rows have one shape and fit in MEMORY; otherwise from disk."""
         places = self.files()
         stored = Stored([(places[key], f"{key}.{name}") for key in keys])
-        return stored.all() if stored.is_small() else stored
+        if stored.row(0).nbytes * len(stored) > MEMORY:
+            return stored
+        rows = [stored.row(i) for i in range(len(stored))]
+        return torch.stack(rows) if len({row.shape for row in rows}) == 1 else stored
 
 
 @lru_cache(maxsize=None)
@@ -453,14 +453,6 @@ class Stored:
         if tensor.nbytes < self.room:
             self.kept[i], self.room = tensor, self.room - tensor.nbytes
         return tensor
-
-    def is_small(self) -> bool:
-        if self.row(0).nbytes * len(self) > MEMORY:
-            return False
-        return len({self.open(path).shapes[name] for path, name in self.places}) == 1
-
-    def all(self) -> Tensor:
-        return torch.stack([self.row(i) for i in range(len(self))])
 
 
 @torch.no_grad()
@@ -597,7 +589,7 @@ class Encoder:
 def encode(source, encoder: Encoder, cache: Path) -> "Tensor | Stored":
     """Latents (n, C, h, w) of every picture, each process having encoded its part.
 
-    source: a Folder, whose latents are a file a batch, or the toy world, whose latents are one file.
+    source: a Folder, whose latents are a file a batch, or the toy world, whose are one file.
     """
     how = (encoder.load, encoder.device, encoder.dtype, encoder.name)
     if isinstance(source, Folder):

@@ -575,8 +575,10 @@ def main() -> None:
     )
     parser.add_argument("what", choices=["captions", "score"])
     parser.add_argument("--scenes", type=int, default=3072, help="captions: of so many")
-    parser.add_argument("--held-out", action=argparse.BooleanOptionalAction, default=True,
-                        help="captions: of what post-training scenes leave out, too")  # fmt: skip
+    parser.add_argument(
+        "--held-out", action=argparse.BooleanOptionalAction, default=True,
+        help="captions: of what post-training scenes leave out, too",
+    )  # fmt: skip
     parser.add_argument(
         "--uncolored", type=float, default=0.6, help="captions: share without colours"
     )

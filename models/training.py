@@ -417,10 +417,7 @@ class Metrics:
                 self.rows.append(row)
             if is_past or not is_ours:
                 kept.append(line)
-        partial = path.with_name(f".tmp-{path.name}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text("".join(line + "\n" for line in kept))
-        partial.replace(path)
+        weights.write_text(path, "".join(line + "\n" for line in kept))
 
     def add(self, step: int, **figures) -> None:
         row = {"stage": self.stage, "step": step, **figures}
@@ -450,12 +447,19 @@ def ready_blocks(blocks: list[nn.Module], config) -> None:
             block.forward = functools.partial(checkpoint, block.forward, **how)
 
 
-def eager():
+def eager(function: Callable) -> Callable:
     """For functions that measure and show: blocks compiled for steps run as they are.
 
     Every batch of another size would be compiled anew, longer than it takes.
     """
-    return torch.compiler.set_stance("force_eager")
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        # Not around `function` as a whole: that would load the compiler when a script starts.
+        with torch.compiler.set_stance("force_eager"):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def captured(step: Callable, warmup: int = 3) -> Callable:

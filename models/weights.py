@@ -548,6 +548,14 @@ def save(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str])
         raise UserError(f"{path} not written ({error}); what was there before is intact") from None
 
 
+def write_text(path: Path, text: str) -> None:
+    """Notes that may be lost, but not half written."""
+    partial = path.with_name(f".tmp-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def sync_folder(folder: Path) -> None:
     """A rename is on the disk when its folder is."""
     handle = os.open(folder, os.O_RDONLY)
