@@ -132,7 +132,7 @@ def prepare(config, spec: dict, names: list[str], source, out: Path, device, dty
     words = (sample.text_kind(spec), sample.text_source(spec, config.weights))
     words = data.encode_captions(*words, captions, cache, device, dtype)
     encoders = [open_autoencoder(name, config, device, dtype) for name in names]
-    latents = [data.encode(source, encoder, cache) for encoder in encoders]
+    latents = data.encode(source, encoders, cache)
     return data.assemble(source, captions, latents, words, guided=not sample.is_sana(spec))
 
 

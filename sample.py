@@ -891,7 +891,7 @@ def save_pictures(
         try:
             images = decode(autoencoder, torch.cat([single for single, _, _ in few]))
             pictures = [dcae.to_pil(crop(image, size)) for image in images]
-            with ThreadPoolExecutor() as pool:  # compressing does not hold the GIL
+            with ThreadPoolExecutor(8) as pool:  # compressing does not hold the GIL
                 list(pool.map(lambda picture, row: write(picture, config, *row[1:]), pictures, few))
         except (RuntimeError, OSError) as error:  # no memory, on any device; no room on the disk
             kept = [keep_latents(config, *row) for row in rows[first:]]

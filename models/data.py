@@ -53,6 +53,10 @@ THREADS = 8  # Pillow decodes without the GIL; each thread holds one full-size p
 
 def open_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
     """(3, H, W) in [-1, 1]; given a size (H, W), the largest middle part of that shape, resized."""
+    return to_tensors([read_sized(path, size)])[0]
+
+
+def read_sized(path: str | Path, size: tuple[int, int] | None) -> Image.Image:
     try:
         image = read_image(Path(path))
     except UserError as error:
@@ -60,7 +64,7 @@ def open_image(path: str | Path, size: tuple[int, int] | None = None) -> Tensor:
     if size is not None:
         # Pillow's bicubic is antialiased; picking pixels would leave sparkle to the autoencoder.
         image = ImageOps.fit(image, size[::-1], Image.Resampling.BICUBIC)
-    return to_tensor(image)
+    return image
 
 
 def read_image(path: Path) -> Image.Image:
@@ -91,10 +95,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """(3, H, W) in [-1, 1]."""
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)  # (H, W, 3)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous() / 127.5 - 1
+def to_tensors(images: Sequence[Image.Image]) -> Tensor:
+    """(B, 3, H, W) in [-1, 1], of RGB pictures of one size."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # (B, H, W, 3)
+    return pixels.permute(0, 3, 1, 2).contiguous() / 127.5 - 1
 
 
 # ---- a folder of captioned pictures
@@ -117,8 +121,8 @@ class Folder:
     def images(self, rows: Sequence[int]) -> Tensor:
         """(B, 3, H, W) in [-1, 1], of rows of one size."""
         with ThreadPoolExecutor(THREADS) as pool:
-            images = pool.map(lambda row: open_image(self.files[row], self.sizes[row]), rows)
-            return torch.stack(list(images))
+            images = list(pool.map(lambda row: read_sized(self.files[row], self.sizes[row]), rows))
+        return to_tensors(images)
 
 
 def buckets(resolution: int, factor: int) -> list[tuple[int, int]]:
@@ -455,16 +459,28 @@ class Stored:
         return tensor
 
 
+@dataclass(frozen=True)
+class Encoder:
+    """An autoencoder that is not loaded yet."""
+
+    name: str
+    identity: str  # the digest of its weights and config
+    load: Callable[[], nn.Module]
+    device: torch.device
+    dtype: torch.dtype
+
+
 @torch.no_grad()
 def encode_rows(
     source: Folder,  # or whatever has a length and images(rows): the toy world
     rows: Sequence[int],
+    images: Tensor,
     autoencoder: nn.Module,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
     """Latents (B, C, h, w) of these images, on the CPU. UserError: one of them is not finite."""
-    latents = autoencoder.encode(source.images(rows).to(device, dtype)).cpu()
+    latents = autoencoder.encode(images.to(device, dtype)).cpu()
     finite = latents.isfinite().flatten(1).all(1)  # (B,)
     if not finite.all():
         row = rows[finite.tolist().index(False)]
@@ -483,8 +499,9 @@ def encode_images(
 ) -> Tensor:
     """Latents of every image of a source whose images have one size, (n, C, h, w), on the CPU."""
     starts = tqdm(range(0, len(source), batch_size), label, leave=False, unit="batch")
-    rows = (range(first, min(first + batch_size, len(source))) for first in starts)
-    return torch.cat([encode_rows(source, r, autoencoder, device, dtype) for r in rows])
+    batches = (range(first, min(first + batch_size, len(source))) for first in starts)
+    how = (autoencoder, device, dtype)
+    return torch.cat([encode_rows(source, rows, source.images(rows), *how) for rows in batches])
 
 
 def batches_of_a_size(folder: Folder, rows: Sequence[int], pixels: int) -> list[list[int]]:
@@ -499,32 +516,47 @@ def batches_of_a_size(folder: Folder, rows: Sequence[int], pixels: int) -> list[
     return batches
 
 
-def store_latents(
-    folder: Folder,
-    store: Store,
-    identity: str,
-    load: Callable[[], nn.Module],
-    device: torch.device,
-    dtype: torch.dtype,
-    label: str,
-    share: slice = slice(None),
-) -> list[str]:
-    """Encode what the store lacks, and return the key of every row's latents.
+def read_ahead(folder: Folder, batches: Sequence[list[int]]) -> Iterator[Tensor]:
+    """The images of each batch. The next one's are read while the caller is busy."""
+    with ThreadPoolExecutor(1) as pool:
+        tasks = (pool.submit(folder.images, rows) for rows in batches)
+        following = next(tasks, None)
+        while following is not None:
+            images = following.result()
+            following = next(tasks, None)
+            yield images
 
-    identity: of the autoencoder's weights. load: gives it; called only if something is to encode.
+
+def store_latents(
+    folder: Folder, store: Store, encoders: Sequence[Encoder], share: slice = slice(None)
+) -> list[list[str]]:
+    """Encode what the store lacks, and return for each encoder the key of every row's latents.
+
+    A picture is read once for all encoders; one that has nothing to do is not loaded.
     share: the part of the missing rows that this process encodes.
     """
     keys = [
-        digest("latents", identity, str(dtype), sha256, size)
-        for sha256, size in zip(folder.hashes, folder.sizes)
+        [
+            digest("latents", encoder.identity, str(encoder.dtype), sha256, size)
+            for sha256, size in zip(folder.hashes, folder.sizes)
+        ]
+        for encoder in encoders
     ]
-    pixels = MOST_PIXELS.get(device.type, 2**22)
-    batches = batches_of_a_size(folder, store.lacks(keys), pixels)[share]
-    if batches:
-        autoencoder = load()
-        for rows in tqdm(batches, label, leave=False, unit="batch"):
-            latents = encode_rows(folder, rows, autoencoder, device, dtype)
-            store.write({keys[row]: {"latents": single} for row, single in zip(rows, latents)})
+    lacking = [set(store.lacks(of_rows)) for of_rows in keys]
+    training.wait_for_all()  # every process has looked before one writes
+    pixels = MOST_PIXELS.get(encoders[0].device.type, 2**22)
+    batches = batches_of_a_size(folder, sorted(set().union(*lacking)), pixels)[share]
+    loaded = [
+        encoder.load() if batches and lacks else None for encoder, lacks in zip(encoders, lacking)
+    ]
+    bar = tqdm(batches, "encode", leave=False, unit="batch")
+    for rows, images in zip(bar, read_ahead(folder, batches)):
+        for encoder, autoencoder, lacks, names in zip(encoders, loaded, lacking, keys):
+            if mine := [i for i, row in enumerate(rows) if row in lacks]:
+                few = [rows[i] for i in mine]
+                how = (autoencoder, encoder.device, encoder.dtype)
+                latents = encode_rows(folder, few, images[mine], *how)
+                store.write({names[row]: {"latents": one} for row, one in zip(few, latents)})
     return keys
 
 
@@ -575,37 +607,29 @@ class Pictures:
         return group[torch.randint(len(group), (size,), generator=generator)]
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """An autoencoder that is not loaded yet."""
+def encode(source, encoders: Sequence[Encoder], cache: Path) -> list:
+    """For each encoder the latents (n, C, h, w) of every picture: a tensor, or Stored.
 
-    name: str
-    identity: str  # the digest of its weights and config
-    load: Callable[[], nn.Module]
-    device: torch.device
-    dtype: torch.dtype
-
-
-def encode(source, encoder: Encoder, cache: Path) -> "Tensor | Stored":
-    """Latents (n, C, h, w) of every picture, each process having encoded its part.
-
-    source: a Folder, whose latents are a file a batch, or the toy world, whose are one file.
+    source: a Folder, whose latents are a file a batch, each process encoding its part; or the toy
+    world, whose are one file.
     """
-    how = (encoder.load, encoder.device, encoder.dtype, encoder.name)
     if isinstance(source, Folder):
-        share = slice(training.rank(), None, training.world())
-        keys = store_latents(source, Store(cache), encoder.identity, *how, share)
+        store, share = Store(cache), slice(training.rank(), None, training.world())
+        keys = store_latents(source, store, encoders, share)
         training.wait_for_all()
-        return Store(cache).rows(keys, "latents")
+        return [store.rows(of_rows, "latents") for of_rows in keys]
 
-    def compute() -> dict[str, Tensor]:
-        load, device, dtype, name = how
-        batch = 64 if device.type == "cuda" else 8  # what a CPU's caches hold is twice as fast
-        return {"latents": encode_images(source, load(), device, dtype, batch, name)}
+    def encode_scenes(encoder: Encoder) -> Tensor:
+        def compute() -> dict[str, Tensor]:
+            batch = 64 if encoder.device.type == "cuda" else 8  # what a CPU's caches hold
+            how = (encoder.load(), encoder.device, encoder.dtype, batch, encoder.name)
+            return {"latents": encode_images(source, *how)}
 
-    path = cache / f"{Path(encoder.name).stem}.safetensors"
-    key = f"{source.key} | {encoder.identity} {encoder.dtype}"
-    return training.on_first(lambda: cached(path, key, compute))["latents"]
+        path = cache / f"{Path(encoder.name).stem}.safetensors"
+        key = f"{source.key} | {encoder.identity} {encoder.dtype}"
+        return training.on_first(lambda: cached(path, key, compute))["latents"]
+
+    return [encode_scenes(encoder) for encoder in encoders]
 
 
 def encode_captions(
@@ -620,7 +644,9 @@ def encode_captions(
     prompts = [("", kind == "sana"), *((caption, False) for caption in distinct)]
     store = Store(cache)
     keys = [text.cache_key(kind, repo, dtype, prompt) for prompt in prompts]
-    if missing := store.lacks(keys)[training.rank() :: training.world()]:
+    missing = store.lacks(keys)[training.rank() :: training.world()]
+    training.wait_for_all()  # every process has looked before one writes
+    if missing:
         rows = text.encode_each(kind, repo, [prompts[i] for i in missing], device, dtype)
         bar = tqdm(missing, "text", leave=False)
         for outputs, i in zip(rows, bar):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from models import data
 from models.data import (
     MAX_RATIO,
+    Encoder,
     Store,
     Stored,
     batches_of_a_size,
@@ -533,8 +534,31 @@ def encode_all(folder, store, identity: str = "weights", dtype=torch.float32) ->
         loads.append(1)
         return Averages()
 
-    keys = store_latents(folder, store, identity, load, torch.device("cpu"), dtype, "encode")
+    encoder = Encoder("averages", identity, load, torch.device("cpu"), dtype)
+    (keys,) = store_latents(folder, store, [encoder])
     return keys, len(loads)
+
+
+def test_a_picture_is_read_once_for_all_autoencoders(tmp_path, monkeypatch):
+    for i in range(5):
+        write(tmp_path / "in" / f"{i}.png", (40 + i, 40))
+    store, folder = Store(tmp_path / "cache"), open_folder(tmp_path / "in", 32)
+    monkeypatch.setitem(data.MOST_PIXELS, "cpu", 2 * 32 * 32)  # two pictures in a file, and one
+    read, read_image = [], data.read_image
+    monkeypatch.setattr(data, "read_image", lambda path: read.append(path.name) or read_image(path))
+    cpu, half = torch.device("cpu"), Averages()
+    both = [Encoder(name, name, lambda: half, cpu, torch.float32) for name in ("old", "new")]
+    old, new = store_latents(folder, store, both)
+    assert sorted(read) == [f"{i}.png" for i in range(5)] and not set(old) & set(new)
+    expected = half.encode(folder.images(range(5)))
+    assert all(torch.equal(store.rows(keys, "latents"), expected) for keys in (old, new))
+    # What one of them lacks is read for that one alone.
+    store.files()[new[3]].unlink()
+    read.clear()
+    assert store.lacks(old) == [] and store.lacks(new) == [2, 3]
+    both[0] = Encoder("old", "old", None, cpu, torch.float32)  # not loaded: it has all
+    assert store_latents(folder, store, both) == [old, new]
+    assert sorted(read) == ["2.png", "3.png"] and store.lacks(new) == []
 
 
 def test_latents_are_made_once_and_again_for_whatever_has_changed(tmp_path):
