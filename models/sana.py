@@ -390,10 +390,7 @@ SAMPLED_AT = {  # pixels a side
 DC_GEN_F64 = {"in_channels": 128, "out_channels": 128, "sample_size": 16}
 
 PRESETS = {
-    "sana-toy": {
-        "path": "models/toy/sana.safetensors",
-        "made_by": "python -m models.pretrain sana",
-    },
+    "sana-toy": {"path": "models/toy/sana.safetensors"},
     "sana-0.6b-512": {
         "hub": "Efficient-Large-Model/Sana_600M_512px_diffusers",
         "config": SIZE_600M | SAMPLED_AT[512],
