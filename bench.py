@@ -906,9 +906,7 @@ REACHED = {"products": 0.70, "fp8": 0.63, "attention": 0.60}
 def measure_toy(config: Config, zoo: Zoo, found: dict) -> None:
     rows = found.setdefault("toy", {})
     print(f"\ntoy, measured here          {'ms':>9}   p10-p90              n")
-    for name in ("flux-toy", "dc-gen-toy", "dc-gen-toy-f64"):
-        if not (weights.ROOT / flux.PRESETS[name]["path"]).exists():
-            continue
+    for name in ("flux-toy", "dc-gen-toy"):
         spec, model, autoencoder = sample.load_pipeline(name, device=zoo.device)
         side = spec["size"] // autoencoder.stride
         noise = sample.draw_noise([0], (model.latent_channels, side, side)).to(zoo.device)

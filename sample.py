@@ -506,7 +506,6 @@ SANA_1K = "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
 MODELS = {
     "flux-toy": dict(TOY, size=128, autoencoder="flux-vae-toy", shift=4.0),
     "dc-gen-toy": dict(TOY, size=128, autoencoder="dc-ae-f32c32-toy", shift=2.0),
-    "dc-gen-toy-f64": dict(TOY, size=128, autoencoder="dc-ae-f64c128-toy", shift=2.0),
     "sana-toy": dict(SANA_TOY, size=128, autoencoder="dc-ae-f32c32-toy", shift=2.0),
     "flux-dev": FLUX,
     "flux-krea": dict(FLUX, guidance=4.5),

@@ -423,8 +423,7 @@ class Flux(nn.Module):
 
 PRESETS = {
     "flux-toy": {"path": "models/toy/flux.safetensors"},
-    "dc-gen-toy": {"path": "models/toy/dc-gen-f32.safetensors"},  # this and the next: runs of ours
-    "dc-gen-toy-f64": {"path": "models/toy/dc-gen-f64.safetensors"},
+    "dc-gen-toy": {"path": "models/toy/dc-gen-f32.safetensors"},  # a run of ours
     "flux-dev": {
         "hub": "black-forest-labs/FLUX.1-dev",
         "file": "flux1-dev.safetensors",
