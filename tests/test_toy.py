@@ -11,7 +11,7 @@ from torch import nn
 
 import sample
 from models import pretrain, toy, weights
-from models.sana import PRESETS, Sana
+from models.sana import Sana
 from models.text import SanaToyText, ToyText
 from models.weights import UserError
 
@@ -92,8 +92,6 @@ def test_scenes_and_captions_are_functions_of_their_seed():
 
 # ---- the second base
 
-MADE = weights.ROOT / PRESETS["sana-toy"]["path"]
-
 
 def test_the_second_base_is_guided_by_two_passes_and_reads_with_the_firsts_encoder():
     spec = sample.describe("sana-toy")
@@ -165,12 +163,11 @@ def test_a_step_that_is_not_finite_moves_nothing(monkeypatch):
 
 
 def test_a_base_that_is_not_there_is_told_how_to_make():
-    absent = PRESETS["sana-toy"] | {"path": "models/toy/absent.safetensors"}
+    absent = {"path": "models/toy/absent.safetensors", "made_by": "python -m models.pretrain sana"}
     with pytest.raises(UserError, match="is missing: `python -m models.pretrain sana` makes it"):
         weights.locate("sana-toy", {"sana-toy": absent})
 
 
-@pytest.mark.skipif(not MADE.exists(), reason="no base: `python -m models.pretrain sana` makes it")
 def test_the_second_base_draws_a_red_circle(tmp_path, monkeypatch):
     argv = ["sample.py", "--model", "sana-toy", "--prompt", "a red circle"]
     monkeypatch.setattr("sys.argv", [*argv, "--n", "4", "--out", str(tmp_path)])
