@@ -141,9 +141,7 @@ def locate(
     if "path" in preset:
         path = ROOT / preset["path"]
         if not path.exists():
-            cure = f"`git checkout {preset['path']}`"
-            if "made_by" in preset:
-                cure = f"`{preset['made_by']}` makes it"
+            cure = f"`git checkout {preset['path']}` brings it back"
             raise UserError(f"{path} of preset {name} is missing: {cure}")
     elif weights is not None:
         path = in_folder(Path(weights), preset)

@@ -162,9 +162,9 @@ def test_a_step_that_is_not_finite_moves_nothing(monkeypatch):
     assert next(calls) > 100 and all(p.isfinite().all() for p in layer.parameters())
 
 
-def test_a_base_that_is_not_there_is_told_how_to_make():
-    absent = {"path": "models/toy/absent.safetensors", "made_by": "python -m models.pretrain sana"}
-    with pytest.raises(UserError, match="is missing: `python -m models.pretrain sana` makes it"):
+def test_weights_that_are_not_there_are_told_how_to_get():
+    absent = {"path": "models/toy/absent.safetensors"}
+    with pytest.raises(UserError, match="is missing: `git checkout models/toy/absent.safetensors`"):
         weights.locate("sana-toy", {"sana-toy": absent})
 
 
