@@ -22,8 +22,8 @@ Cost    The toy: see the README. Only the doors have gradients to keep: 0.1 M of
 Source  DC-Gen, arXiv 2509.25180: embedding alignment, and eq. 3-7 with w = g - 1.
 Differs Stage 1 sees clean latents only: with independent noise on both sides (1) becomes a ridge
         that shrinks the embedder. `position_stride` puts a new token at the centre of the base
-        tokens it covers; the paper's models keep plain positions (--position-stride 1). Without
-        a gradient for v(null, g) in (3) a step costs a third less, and teaches the toy as much.
+        tokens it covers, on the toy only: the paper's models keep plain positions. Without a
+        gradient for v(null, g) in (3) a step costs a third less, and teaches the toy as much.
 """
 
 import copy
@@ -62,7 +62,7 @@ class Config(training.Options):
     guidance_max: float = 5.0  # guidance is drawn from [1, this]; eq. (3)
     dropout: float = 0.1  # share of captions emptied: pins down v(null, g)
     shift: float = 2.0  # timestep shift of the new model, trained and sampled; 0: its schedule's
-    position_stride: int = 0  # base tokens a side under one new token; 0: by the autoencoders
+    position_stride: int = 0  # of new tokens, in base tokens; 0: 1, or on the toy what one covers
     per_task: int = 12  # toy prompts of each task to score by; 0: none
     save_every: int = 100  # steps, so that an interrupted run goes on
     seed: int = 0
@@ -197,8 +197,15 @@ def transplant(base: nn.Module, latent_channels: int, position_stride: int) -> n
     return model
 
 
-def tokens_covered(base: nn.Module, old: nn.Module, new: nn.Module) -> int:
-    """Base tokens a side that one token of the new autoencoder covers."""
+def own_stride(spec: dict, base: nn.Module, old: nn.Module, new: nn.Module) -> int:
+    """Base tokens a side under one new token, as far as its position is concerned.
+
+    The toy's base knows one resolution, whose middle positions are the new tokens' own. Official
+    bases know many, and positions stay plain, as in the paper: spread over 4096 pixels they would
+    run to 254, and FLUX.1, trained up to 2 megapixels, knows some 90 a side.
+    """
+    if spec["text"] != "toy":
+        return 1
     return max(new.stride // (old.stride * base.patch_size), 1)
 
 
@@ -529,7 +536,7 @@ def run(config: Config, out: Path, device: torch.device) -> None:
     factors = [base_autoencoder.stride * base.patch_size, autoencoder.stride]
     training.check_size(size, factors)
     tokens = [(size // factor) ** 2 for factor in factors]
-    stride = config.position_stride or tokens_covered(base, base_autoencoder, autoencoder)
+    stride = config.position_stride or own_stride(spec, base, base_autoencoder, autoencoder)
     shift = config.shift or own_shift(spec, autoencoder, size)
     if not is_toy:
         grid = (size // factors[1], size // factors[1])

@@ -34,6 +34,7 @@ from align import (
     draw_batch,
     held_out_loss,
     open_source,
+    own_stride,
     passes,
     prepare,
     preview,
@@ -42,7 +43,6 @@ from align import (
     settle_autoencoder,
     show_and_score,
     takes_guidance,
-    tokens_covered,
     trained,
     transplant,
     watch,
@@ -226,7 +226,7 @@ def load_aligned(config: Config, out: Path, spec: dict, device, dtype) -> nn.Mod
         base = sample.load_transformer(sample.describe(config.model), config.weights, device, dtype)
         names = (sample.describe(config.model)["autoencoder"], spec["autoencoder"])
         old, new = (sample.load_autoencoder(n, config.weights, "meta", dtype) for n in names)
-        return transplant(base, new.latent_channels, tokens_covered(base, old, new))
+        return transplant(base, new.latent_channels, own_stride(spec, base, old, new))
     model = sample.load_transformer(spec, config.weights, device, dtype)
     run = weights.open_checkpoint(Path(spec["transformer"]))
     if torch.device(device).type != "meta":

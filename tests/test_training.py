@@ -405,6 +405,7 @@ def test_official_layouts_train_on_a_hostile_folder(tmp_path, monkeypatch, capsy
     ]
     spec, model, _ = sample.load_pipeline(tuned["files"][0])
     assert model.latent_channels == 128 and spec["autoencoder"] == str(tmp_path / "ae")
+    assert model.config.get("position_stride", 1) == 1  # as tools that load an export have it
 
 
 def script(*args: str) -> subprocess.CompletedProcess:
