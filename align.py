@@ -124,7 +124,7 @@ def open_autoencoder(name: str, config, device, dtype) -> data.Encoder:
 
 
 def prepare(config, spec: dict, names: list[str], source, out: Path, device, dtype) -> Pictures:
-    """Every image through each of the named autoencoders, the last of them new; and the captions."""
+    """Every image through each of the named autoencoders (the last one is new), and captions."""
     captions = source.captions
     if spec["text"] == "toy":
         captions = [toy.known_words(caption) for caption in captions]

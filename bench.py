@@ -551,13 +551,7 @@ def convert(model: nn.Module, form: str) -> None:
     if form == "fp8":
         kernels.to_fp8(model)
     elif form == "nvfp4":
-        for path, (bits, branches) in quant.layers_of(model).items():
-            linear = model.get_submodule(path)
-            if isinstance(linear, nn.Linear):
-                weight, rank = linear.weight.float(), branches * quant.Config().rank
-                halves = quant.split(weight, torch.ones_like(weight[0]), rank, "amax")
-                nvfp4.put(model, path, quant.as_linear(linear, halves, bits))
-        nvfp4.use(model)
+        quant.convert(model)
 
 
 def cases_of(config: Config, device: torch.device) -> Iterator[tuple[Case, str, str]]:
@@ -967,8 +961,10 @@ def measure_training(config: Config, zoo: Zoo, found: dict) -> None:
     """Steps of stages 2 and 3 of the full-size models, frozen weights in bf16."""
     rate = training.gemm_rate(zoo.device)
     found |= {"gpus": training.world(), "gemm_tflops": rate / 1e12, "train": []}
-    print(f"\n{training.world()} GPUs, each {config.train_batch} pictures a step, {config.micro_batch} at "
-          f"once; plain bf16 products: {rate / 1e12:.0f} TFLOP/s a GPU")  # fmt: skip
+    print(
+        f"\n{training.world()} GPUs, each {config.train_batch} pictures a step, "
+        f"{config.micro_batch} at once; plain bf16 products: {rate / 1e12:.0f} TFLOP/s a GPU"
+    )
     print(f"\n{'':29}{'trained':>9}{'s a step':>10}{'pictures/s':>12}{'TFLOP/s':>9}{'share':>7}"
           f"{'useful':>8}{'peak GiB':>10}")  # fmt: skip
     for case in (case for case in chosen(config) if not case.base):

@@ -116,7 +116,7 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-
 
 
 def mix_heads(attn: "Attention", qkv: Tensor) -> Tensor:
-    """(B, 3 nh hd, h, w) -> what its heads, and those of coarser scales, found: (B, nh hd, h, w)."""
+    """(B, 3 nh hd, h, w) -> (B, nh hd, h, w): what its heads and those of coarser scales found."""
     joint = torch.cat([qkv, *(scale(qkv) for scale in attn.multiscale)], 1)
     # A head's q, k and v lie together, (nh, 3, hd): the thirds of qkv are not q, k and v.
     # Sums over all positions overflow fp16 and blur in bf16: fp32, under autocast as well.

@@ -87,12 +87,7 @@ class Config:
     out: str = ""  # "": runs/<model>
 
 
-# ---- split
-
-PROMPTS = 32  # that calibration samples: 640 (prompt, step) pairs at 20 steps; the reference, 128
-
-
-# ---- layer
+# ---- one layer
 
 # Which layers become what: (a module's name, bits of its inputs, how many published layers it
 # holds, each with a branch of its own). What is not listed stays in 16 bits.
@@ -220,7 +215,10 @@ def exponents(grid: int) -> list[tuple[float, float]]:
 
 
 def quantize(weight: Tensor, inputs: Tensor, config: Config, rank: int) -> tuple[Layer, tuple]:
-    """(best way found, its alpha and beta). The (N, K) weight of a layer whose inputs look like `inputs` (T, K), by Frobenius error."""
+    """(the best way found, its alpha and beta), by the error of the output (T, N).
+
+    weight (N, K); inputs (T, K): what the layer's look like.
+    """
     wanted, rank = inputs @ weight.T, min(rank, *weight.shape)
 
     def error(layer: Layer) -> float:
@@ -275,6 +273,7 @@ def gptq(layer: Layer, inputs: Tensor, width: int = 128) -> Layer:
 
 # ---- calibration
 
+PROMPTS = 32  # that calibration samples: 640 (prompt, step) pairs at 20 steps; the reference, 128
 KEPT_BYTES = 16e9  # of calibration inputs at a time; layers beyond it wait for another pass
 SEARCHED = 4096  # of them choose the smoothing; GPTQ reads all
 
@@ -445,6 +444,8 @@ def convert(model: nn.Module, rank: int = 32) -> None:
     """
     for name, (bits, branches) in layers_of(model).items():
         linear = model.get_submodule(name)
+        if isinstance(linear, QuantLinear):
+            continue  # of blocks shared with a model that is converted
         weight = linear.weight.detach().flatten(1).float()
         ones = torch.ones(weight.shape[1], device=weight.device)
         layer = split(weight, ones, min(branches * rank, *weight.shape), "amax")
@@ -559,7 +560,7 @@ def round_mxfp4(x: Tensor) -> Tensor:
 
 
 def print_error_table(device: torch.device) -> None:
-    """`--model synthetic`: relative errors of one layer's output, on inputs it was not fitted to."""
+    """`--model synthetic`: relative errors of a layer's output, on inputs it was not fitted to."""
     sets = {name: error_rows(*(t.to(device) for t in synthetic(name))) for name in "ABCD"}
     print(f"{'relative error of the output':32}" + "".join(f"{name:>8}" for name in sets))
     errors = {}
@@ -616,8 +617,8 @@ def check(config: Config, spec: dict, model: nn.Module, device: torch.device) ->
         )
     if config.gptq and config.tokens < gptq_tokens(widest_of(model)):
         raise UserError(
-            f"--gptq with --tokens {config.tokens}: the widest layer has {widest_of(model)} inputs, "
-            f"and with less than twice as many to learn from GPTQ fits their noise and is worse "
+            f"--gptq with --tokens {config.tokens}: the widest layer has {widest_of(model)} inputs;"
+            f" with less than twice as many to learn from GPTQ fits their noise and is worse "
             f"than rounding: --tokens {gptq_tokens(widest_of(model))} or more, or no --gptq"
         )
     if config.lora:

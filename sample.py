@@ -921,7 +921,7 @@ def keep_latents(config: Config, latents: Tensor, job: tuple[str, int], path: Pa
 def unmade(
     config: Config, jobs: list[tuple[str, int]], paths: list[Path]
 ) -> tuple[list[tuple[str, int]], list[Path]]:
-    """What an interrupted --prompts run has left to do: pictures without caption or of another recipe."""
+    """What an interrupted --prompts run has left: no caption yet, or pictures of another recipe."""
     rows = list(zip(jobs, paths))
     if config.prompts:
         rows = [(job, path) for job, path in rows if not is_made(config, job, path)]

@@ -580,7 +580,7 @@ def norm_groups(hidden: Tensor, norm: nn.GroupNorm, act: Callable | None) -> Ten
 def sum_squares_kernel(
     hidden, sums, M, C, span, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """sums = sum of x and sum of x^2, for every channel, over `span` of the M pixels of a picture"""
+    """sums = sum of x and of x^2, for every channel, over `span` of the M pixels of a picture"""
     split, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
     first = tl.zeros((ROWS, BLOCK), tl.float32)

@@ -1,7 +1,7 @@
 """NVFP4: numbers of four bits, and the linear layer that multiplies them.
 
-What    The format, written out in PyTorch; `QuantLinear`, a linear layer whose weights are packed in
-        it, with a 16-bit branch beside; Triton kernels for it; `load`, which opens what quant.py
+What    The format, written out in PyTorch; `QuantLinear`, a linear layer whose weights are packed
+        in it, with a 16-bit branch beside; Triton kernels for it; `load`, which opens what quant.py
         writes.
 Why     Four bits hold a weight in 2/7 of the memory of sixteen, scales included, and Blackwell's
         tensor cores multiply them at four times the rate.
@@ -49,7 +49,7 @@ def round_e2m1(x: Tensor) -> Tensor:
 
 
 def into_blocks(x: Tensor) -> Tensor:
-    """(..., K) -> (..., ceil(K / 16), 16) in fp32; zeros fill the last block, and change nothing."""
+    """(..., K) -> (..., ceil(K / 16), 16) in fp32; zeros fill the last block and change nothing."""
     return F.pad(x.float(), (0, -x.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from models import weights
 from models.sana import Sana
 from models.text import TOYS
-from sample import draw_noise, load_pipeline, sample, text_kind, timesteps
+from sample import decode, draw_noise, load_pipeline, sample, text_kind, timesteps
 
 SIZE = 128  # pixels, height = width
 MAX_OBJECTS = 3
@@ -550,8 +550,7 @@ def evaluate(
         null = text.encode([""] * len(cond[0])) if guided else None
         noise = draw_noise(list(range(seed + i, seed + i + len(cond[0]))), (channels, side, side))
         latents = sample(model, cond, noise.to(device), sigmas, guidance, null)
-        few = latents.split(batch if latents.is_cuda else 8)  # as many as a CPU's caches hold
-        images += [autoencoder.decode(part) for part in few]
+        images.append(decode(autoencoder, latents).to(device))
     images = torch.cat(images)
     return score(images, prompts), images
 

@@ -596,8 +596,8 @@ def estimate(cost: Cost, model: nn.Module, config, steps: int, device: torch.dev
     seconds = flops / (0.45 * rate) / world()
     report += f" of {room:.0f}" + " (does NOT fit)" * (sum(gb.values()) > room)
     return (
-        f"{report}\ntime    {flops / 1e12:.0f} TFLOP a step; at 45% of the {rate / 1e12:.0f} TFLOP/s "
-        f"this GPU multiplies with: {seconds:.1f} s a step, {seconds * steps / 3600:.1f} h"
+        f"{report}\ntime    {flops / 1e12:.0f} TFLOP a step; at 45% of the {rate / 1e12:.0f} "
+        f"TFLOP/s this GPU multiplies with: {seconds:.1f} s a step, {seconds * steps / 3600:.1f} h"
     )
 
 

@@ -1,8 +1,9 @@
 """Compile kernels ahead of time, for GPUs that are not here: what a test runs beside itself.
 
-python tests/aot.py '[["kernels", "quantize_rows_kernel", {"matrix": "*bf16", ...}, {"BLOCK": 4096},
-{"num_warps": 4}], ...]' [capability ...] prints, as JSON, one object for each kernel and capability:
-registers a thread, bytes spilled, bytes of shared memory, and the PTX's matrix instructions.
+python tests/aot.py '[["kernels", "quantize_rows_kernel", {"matrix": "*bf16", ...},
+{"BLOCK": 4096}, {"num_warps": 4}], ...]' [capability ...] prints, as JSON, one object for each
+kernel and capability: registers a thread, bytes spilled, bytes of shared memory, and the PTX's
+matrix instructions.
 (Beside, because a process that interprets kernels cannot compile them.)
 """
 

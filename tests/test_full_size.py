@@ -129,8 +129,9 @@ def test_flux_at_full_size_is_quantized_in_minutes(tmp_path):
     total, calibrating, passes = quantize_random_flux(path, trip)
     peak, size = torch.cuda.max_memory_allocated() / GIB, path.stat().st_size / GIB
     print(
-        f"{torch.cuda.get_device_name()}: quantized in {total:.0f} s, of which {calibrating:.0f} s "
-        f"in {passes} passes of {quant.PROMPTS} x 20 steps; peak {peak:.1f} GiB, file {size:.2f} GiB"
+        f"{torch.cuda.get_device_name()}: quantized in {total:.0f} s, of which "
+        f"{calibrating:.0f} s in {passes} passes of {quant.PROMPTS} x 20 steps; "
+        f"peak {peak:.1f} GiB, file {size:.2f} GiB"
     )
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -170,8 +171,15 @@ def tile_times(layer) -> dict[str, float]:
 
 @pytest.mark.parametrize("tokens", [4608, 1536])
 @pytest.mark.parametrize(
-    "k, n, rank", [(3072, 9216, 32), (3072, 12288, 32), (12288, 3072, 32), (3072, 21504, 64), (15360, 3072, 64)]
-)  # fmt: skip
+    "k, n, rank",
+    [
+        (3072, 9216, 32),
+        (3072, 12288, 32),
+        (12288, 3072, 32),
+        (3072, 21504, 64),
+        (15360, 3072, 64),
+    ],
+)
 def test_quantized_layers_of_flux_are_right_and_timed(tokens, k, n, rank):
     """Right: near the definition. The times beside bf16 and FP8 are printed, not judged."""
     generator = torch.Generator("cuda").manual_seed(0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import dcae
 import sample
 from models import pretrain, toy, weights
 from models.sana import Sana
@@ -117,9 +118,7 @@ def test_evaluation_guides_sana_away_from_the_empty_prompt():
             seen.append(mask.sum(1).tolist())
             return torch.zeros_like(noisy)
 
-    seen, autoencoder = [], nn.Module()
-    autoencoder.stride, autoencoder.latent_channels = 32, 32
-    autoencoder.decode = lambda latents: torch.zeros(len(latents), 3, 128, 128)
+    seen, autoencoder = [], dcae.DCAE.from_pretrained("dc-ae-f32c32-toy")
     encoder, prompts = SanaToyText.from_pretrained(), toy.draw_prompts(1, seed=0)[:2]
     toy.evaluate(Recorder(), autoencoder, encoder, prompts, guidance=4.0, steps=2)
     words = [1 + len(prompt.text.split()) for prompt in prompts]

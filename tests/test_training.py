@@ -1,4 +1,4 @@
-"""Nothing is lost: kills, signals, NaNs, several processes; and what is estimated is what is used."""
+"""Nothing is lost: kills, signals, NaNs, several processes; and estimates are what is used."""
 
 import functools
 import json
