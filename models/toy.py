@@ -578,9 +578,8 @@ def main() -> None:
         "--held-out", action=argparse.BooleanOptionalAction, default=True,
         help="captions: of what post-training scenes leave out, too",
     )  # fmt: skip
-    parser.add_argument(
-        "--uncolored", type=float, default=0.6, help="captions: share without colours"
-    )
+    parser.add_argument("--uncolored", type=float, default=0.2,
+                        help="captions: share without colours; 0.6 in rendered scenes")  # fmt: skip
     parser.add_argument("--model", default="flux-toy", help="score: a name, or a run of ours")
     parser.add_argument("--per-task", type=int, default=50, help="score: prompts of each task")
     args = parser.parse_args()
