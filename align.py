@@ -425,6 +425,26 @@ def train_doors(
 # ---- report
 
 
+def compare_autoencoders(
+    source, pictures: Pictures, old: nn.Module, new: nn.Module, path: Path
+) -> dict[str, float]:
+    """PSNR in dB of held-out pictures through both, and a sheet of their middles.
+
+    What the new autoencoder loses no training brings back: look before hours of it.
+    """
+    rows = pictures.held_out[0][:4]
+    images = source.images(rows.tolist())
+    columns = {"picture": images}
+    columns["the base's autoencoder"] = sample.decode(old, pictures.base_latents[rows])
+    columns["the new one"] = sample.decode(new, pictures.latents[rows])
+    size = [min(side, 512) for side in images.shape[2:]]
+    labels = [pictures.captions[i] for i in pictures.caption[rows]]
+    shown = {name: sample.crop(column, size) for name, column in columns.items()}
+    sample.contact_sheet(shown, labels).save(path)
+    rest = list(columns.items())[1:]
+    return {name: dcae.psnr(column.clamp(-1, 1), images) for name, column in rest}
+
+
 @training.eager
 def show_and_score(
     contestants: dict[str, tuple], spec: dict, config, device
@@ -559,6 +579,12 @@ def run(config: Config, out: Path, device: torch.device) -> None:
         f"align | {config.model} -> {config.autoencoder} | {tokens[0]} -> {tokens[1]} tokens | "
         f"{count:.2f} M trained | {len(pictures)} pictures | seed {config.seed} | {device}"
     )
+    if training.rank() == 0:
+        old = sample.load_autoencoder(names[0], config.weights, device, dtype)
+        files = [out / "autoencoders.png"]
+        psnr = compare_autoencoders(source, pictures, old, autoencoder, files[0])
+        told = ", ".join(f"through {name} {value:.1f} dB" for name, value in psnr.items())
+        print(f"held-out pictures {told}: {files[0]}")
     measured = (model, pictures, config, shift, device)
     losses = {"start": held_out_loss(*measured)}
     distances = {"start": feature_distance(model, base, pictures, config, device)}
@@ -577,17 +603,17 @@ def run(config: Config, out: Path, device: torch.device) -> None:
         return
     images, labels, scores = {}, [], {}
     if is_toy:
-        base_autoencoder = sample.load_autoencoder(names[0], config.weights, device, dtype)
         contestants = {
-            "base": (base, base_autoencoder, spec.get("shift")),
+            "base": (base, old, spec.get("shift")),
             "aligned": (model, autoencoder, shift),
         }
         scores, images, labels = show_and_score(contestants, spec, config, device)
     else:
         shown, labels = preview(model, autoencoder, spec, shift, pictures, device)
         images = {"aligned": shown}
-    files = [str(saved), str(out / "align.png")]
+    files = [saved, out / "align.png", *files]
     sample.contact_sheet(images, labels).save(files[1])
+    files = [str(file) for file in files]
 
     print(f"\nstage 1 explains {share:.1%} of the pooled base embedding (held out)")
     print("held-out flow loss   " + "   ".join(f"{k} {v:.3f}" for k, v in losses.items()))
@@ -599,6 +625,7 @@ def run(config: Config, out: Path, device: torch.device) -> None:
         explained=share,
         held_out_loss=losses,
         feature_distance=distances,
+        reconstruction=psnr,
         scores=scores,
         tokens=tokens,
         files=files,

@@ -211,6 +211,7 @@ def test_the_two_commands_run_end_to_end(tmp_path):
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert all(Path(file).exists() for file in figures["files"]) and figures["tokens"] == [64, 16]
+    assert len(figures["reconstruction"]) == 2 and min(figures["reconstruction"].values()) > 30
     done = script("lora.py", *common, "--steps", "2", "--rank", "4")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
