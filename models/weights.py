@@ -14,6 +14,7 @@ Runs    What our stages save holds the trained tensors only; its header says whi
 """
 
 import argparse
+import errno
 import inspect
 import json
 import math
@@ -54,6 +55,13 @@ def run(main: Callable[[], None]) -> None:
     except torch.OutOfMemoryError as error:
         sentence = (
             f"{str(error).split('. ')[0]}: a smaller picture or batch, or --dtype bf16, may fit"
+        )
+    except OSError as error:  # a picture, a line of metrics.jsonl: what is larger is checked first
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        sentence = (
+            f"{error.filename or 'a file'} cannot be written ({error.strerror}): free some room or "
+            f"name another --out; the last progress saved is sound"
         )
     except KeyboardInterrupt:
         sys.exit(130)

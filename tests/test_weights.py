@@ -1,5 +1,6 @@
 """Why believe models/weights.py: what must load does, the rest is refused in a sentence."""
 
+import errno
 import json
 import os
 import re
@@ -611,14 +612,20 @@ def test_a_users_mistake_is_a_line_on_stderr_and_code_2(capsys):
     def greedy():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 12 GiB. GPU 0 ...")
 
-    for main, code in ((mistaken, 2), (interrupted, 130), (greedy, 2)):
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x/lora.png")
+
+    for main, code in ((mistaken, 2), (interrupted, 130), (greedy, 2), (full, 2)):
         with pytest.raises(SystemExit) as stop:
             weights.run(main)
         assert stop.value.code == code
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "error: got this, wanted that, do so"
     assert lines[1].startswith("error: CUDA out of memory: a smaller picture or batch")
+    assert lines[2].startswith("error: runs/x/lora.png cannot be written (No space left on device)")
     weights.run(lambda: None)
+    with pytest.raises(FileNotFoundError):  # a mistake of ours keeps its traceback
+        weights.run(lambda: open("/nowhere/at/all"))
 
 
 def test_devices_and_dtypes_are_picked_or_refused():
