@@ -115,7 +115,7 @@ def open_autoencoder(name: str, config, device, dtype) -> data.Encoder:
     """What the cache must know of an autoencoder, which is loaded only if there is work for it."""
     path, preset = weights.locate(name, dcae.PRESETS | vae.PRESETS, config.weights or None, "vae")
     checkpoint = weights.open_checkpoint(path, "vae")
-    identity = data.digest(data.file_digest(checkpoint.path), preset or checkpoint.config)
+    identity = data.digest(data.file_digest(checkpoint.path), checkpoint.config or preset)
 
     def load() -> nn.Module:
         return sample.load_autoencoder(name, config.weights, device, dtype)

@@ -113,7 +113,7 @@ class Folder:
     sizes: list[tuple[int, int]]  # (H, W) each picture is cropped to
     hashes: list[str]  # sha256 of each file
     left_out: list[tuple[Path, str]]  # (file, the reason in a phrase)
-    key: str  # of all that decides images() and captions: a cache of them must match it
+    key: str  # of all that decides images() and captions: other pictures, another run
 
     def __len__(self) -> int:
         return len(self.files)
@@ -189,8 +189,7 @@ def open_folder(
         )
     kept = [captions[path] for path in files]
     sizes, hashes = [scan[path].size for path in files], [scan[path].sha256 for path in files]
-    told = json.dumps([RULES, sizes, hashes, kept])
-    key = hashlib.sha256(told.encode()).hexdigest()
+    key = digest(sorted(zip(hashes, sizes, kept)))  # whatever the files are called
     return Folder(folder, resolution, files, kept, sizes, hashes, left_out, key)
 
 
@@ -405,9 +404,11 @@ class Store:
         return places
 
     def lacks(self, keys: Sequence[str]) -> list[int]:
-        """Which of them are not there."""
-        places = self.files()
-        return [i for i, key in enumerate(keys) if key not in places]
+        """Which of them are not there; of equal ones the first: two processes must not write one."""
+        places, first = self.files(), {}
+        for i, key in enumerate(keys):
+            first.setdefault(key, i)
+        return [i for key, i in first.items() if key not in places]
 
     def write(self, rows: dict[str, dict[str, Tensor]]) -> None:
         """{key: {name: tensor}}, as one file."""
@@ -453,7 +454,8 @@ class Stored:
         if i in self.kept:
             return self.kept[i]
         path, name = self.places[i]
-        tensor = self.open(path).get(name)
+        # A copy: what is mapped holds its file, and the system counts those (65530 on Linux).
+        tensor = self.open(path).get(name).clone()
         if tensor.nbytes < self.room:
             self.kept[i], self.room = tensor, self.room - tensor.nbytes
         return tensor
@@ -643,7 +645,8 @@ def encode_captions(
     # SANA's unconditional prompt goes without instruction, like a negative one.
     prompts = [("", kind == "sana"), *((caption, False) for caption in distinct)]
     store = Store(cache)
-    keys = [text.cache_key(kind, repo, dtype, prompt) for prompt in prompts]
+    named = text.cache_keys(kind, repo, dtype, prompts)
+    keys = [named[prompt] for prompt in prompts]
     missing = store.lacks(keys)[training.rank() :: training.world()]
     training.wait_for_all()  # every process has looked before one writes
     if missing:

@@ -23,6 +23,7 @@ from models.weights import UserError
 
 Cond = tuple[Tensor, ...]
 
+PARTS = ["tokenizer*/*", "text_encoder*/*.json", "text_encoder*/*.safetensors"]  # of a pipeline
 PRESETS = {"text-toy": dict(path="models/toy/text.safetensors")}
 
 # SANA puts this before a prompt, and shows its transformer what Gemma made of the prompt alone.
@@ -239,7 +240,7 @@ def encode(
     cache: a safetensors file of earlier results; the encoders are loaded for what it lacks only.
     """
     wanted = [(p, False) for p in prompts] + [(p, True) for p in negatives]
-    keys = {pair: cache_key(kind, source, dtype, pair) for pair in wanted}
+    keys = cache_keys(kind, source, dtype, wanted)
     cache = None if kind in TOYS else cache  # the toy's encoder is cheaper than a look-up
     known = {}
     if cache and Path(cache).exists():
@@ -280,8 +281,7 @@ def open_encoder(
         return TOYS[kind].from_pretrained(source, device, dtype)
     folder = Path(source)
     if not folder.exists():
-        parts = ["tokenizer*/*", "text_encoder*/*.json", "text_encoder*/*.safetensors"]
-        folder = weights.download(source, parts, weights.VARIANTS)
+        folder = weights.download(source, PARTS, weights.VARIANTS)
     # fp16 ends at 65504, and activations of T5 and Gemma pass it.
     dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     if kind == "sana":
@@ -289,8 +289,11 @@ def open_encoder(
     return FluxText(folder, device, dtype, length=256 if kind == "schnell" else 512)
 
 
-def cache_key(kind: str, source: str, dtype: torch.dtype, prompt: tuple[str, bool]) -> str:
-    """Names one result by all that it depends on; a local encoder by its files' sizes and dates."""
-    files = [p for p in sorted(Path(source).glob("t*/*")) if p.is_file()]
-    facts = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return hashlib.sha256(repr((kind, source, dtype, prompt, facts)).encode()).hexdigest()
+def cache_keys(
+    kind: str, source: str, dtype: torch.dtype, prompts: list[tuple[str, bool]]
+) -> dict[tuple[str, bool], str]:
+    """Names each result by all that it depends on; a local encoder by its files' sizes and dates."""
+    files = [file for part in PARTS for file in Path(source).glob(part) if file.is_file()]
+    facts = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)
+    about = repr((kind, source, dtype, facts))
+    return {p: hashlib.sha256(f"{about} {p!r}".encode()).hexdigest() for p in prompts}

@@ -561,6 +561,26 @@ def test_a_picture_is_read_once_for_all_autoencoders(tmp_path, monkeypatch):
     assert sorted(read) == ["2.png", "3.png"] and store.lacks(new) == []
 
 
+def test_what_is_there_twice_is_made_once(tmp_path):
+    """Two processes would write one file; two pictures of the same bytes have one latent."""
+    assert Store(tmp_path).lacks(["a", "b", "a", "c", "b"]) == [0, 1, 3]
+    for name in ("0.png", "1.png", "2.png"):
+        write(tmp_path / "in" / name, (40, 40 + (name == "2.png")))
+    folder, store = open_folder(tmp_path / "in", 32), Store(tmp_path / "cache")
+    (first, second, third), _ = encode_all(folder, store)
+    assert first == second != third and store.lacks([first, third]) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="counts mapped files by Linux")
+def test_rows_in_memory_do_not_hold_their_files(tmp_path):
+    store, n = Store(tmp_path), 300  # a system maps 65530 files: 100,000 captions are more
+    for i in range(n):
+        store.write({f"{i}": {"text": torch.full((2 + i % 2,), float(i))}})
+    rows = store.rows([f"{i}" for i in range(n)], "text")
+    assert len(rows.kept) == n and rows.row(7).tolist() == [7.0] * 3
+    assert Path("/proc/self/maps").read_text().count(str(tmp_path)) <= 256
+
+
 def test_latents_are_made_once_and_again_for_whatever_has_changed(tmp_path):
     rng = np.random.default_rng(0)
     for i, size in enumerate([(160, 96), (128, 128), (96, 160)]):
