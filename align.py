@@ -237,12 +237,11 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 def alignment_loss(
     model: nn.Module, base: nn.Module, latents: Tensor, base_latents: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """eq. (1), and the variance of its target: 1 - loss / variance is the share explained."""
+    """eq. (1), and its target, (B, N, D)."""
     grid = [n // base.patch_size for n in base_latents.shape[2:]]
     target = base.embed(base_latents).mT.unflatten(2, grid)  # (B, D, h, w) in base tokens
     target = F.adaptive_avg_pool2d(target, latents.shape[2:]).flatten(2).mT  # (B, N, D)
-    loss = F.mse_loss(model.embed(latents), target)
-    return loss, (target - target.mean((0, 1))).square().mean()
+    return F.mse_loss(model.embed(latents), target), target
 
 
 def recovered_velocity(model: nn.Module, noisy: Tensor, batch: Batch) -> Tensor:
@@ -346,7 +345,7 @@ def train_embedder(
     """Stage 1. Returns the share of the pooled base embedding's variance that is explained."""
     parameters = {f"{embedder_name(model)}.{n}": p for n, p in embedder(model).named_parameters()}
     optimizer = training.adamw([{"params": [*parameters.values()]}])
-    run = training.Run("align-1", parameters, optimizer, config, out)
+    run = training.Run("align-1", parameters, optimizer, config, out, origin=pictures.key)
     share = slice(training.rank(), None, training.world())
     for step in run.steps(config.embed_steps):
         generator = torch.Generator("cpu").manual_seed(config.seed * 1_000_003 + step)
@@ -368,15 +367,17 @@ def train_embedder(
 @torch.no_grad()
 def explained(model: nn.Module, base: nn.Module, pictures: Pictures, config, device) -> float:
     """1 - eq. (1) / its target's variance, on the pictures held out."""
-    losses, variances = 0.0, 0.0
+    count, errors, mean, square = 0, 0.0, 0.0, 0.0
     for rows in pictures.held_out:
         for part in rows.split(config.micro_batch or len(rows)):
             latents = pictures.latents[part].float().to(device)
             base_latents = pictures.base_latents[part].float().to(device)
-            loss, variance = alignment_loss(model, base, latents, base_latents)
-            losses += loss.item() * len(part)
-            variances += variance.item() * len(part)
-    return 1 - losses / variances
+            loss, target = alignment_loss(model, base, latents, base_latents)
+            tokens = target.flatten(0, 1).cpu().double()  # (B N, D)
+            count, errors = count + len(tokens), errors + loss.item() * len(tokens)
+            mean, square = mean + tokens.sum(0), square + tokens.square().sum(0)
+    variance = (square / count - (mean / count).square()).mean().item()
+    return 1 - errors / count / variance
 
 
 def passes(model: nn.Module, config, recover: bool, device) -> Callable[[Batch], Tensor]:
@@ -408,13 +409,14 @@ def train_doors(
 ) -> None:
     """Stage 2: embedder and head by flow matching, through the frozen blocks."""
     optimizer = training.adamw([{"params": [*trained(model).values()]}])
-    run = training.Run("align-2", trained(model), optimizer, config, out, clip=1.0)
+    run = training.Run("align-2", trained(model), optimizer, config, out, 1.0, pictures.key)
     add_gradients = passes(model, config, takes_guidance(model), device)
     draw = data.ahead(lambda step: draw_batch(pictures, config, shift, step, "cpu"), device)
     for step in run.steps(config.steps):
         if watch and config.preview_every and step % config.preview_every == 0:
             watch(run, step)
-            loss = held_out_loss(model, pictures, config, shift, device)
+            with run.averaged():
+                loss = held_out_loss(model, pictures, config, shift, device)
             run.metrics.add(step, held_out=loss)
         batch = draw(step)
         loss = add_gradients(batch)
@@ -521,7 +523,8 @@ def main() -> None:
         config = weights.parse_config(Config, __doc__, defaults=LARGE)
     config = settle_autoencoder(config)
     device = training.start(config.device)
-    out = Path(config.out or f"runs/{Path(config.model).stem}")
+    training.check_flags(config)
+    out = training.folder_of(config)
     with training.locked(out):
         run(config, out, device)
     training.finish()

@@ -19,7 +19,7 @@ Limits  What the data does not show is forgotten in the end, low rank or not; --
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ from align import (
     draw_batch,
     held_out_loss,
     open_source,
+    own_shift,
     own_stride,
     passes,
     prepare,
@@ -94,14 +95,13 @@ LARGE = dict(
 class LoRALinear(nn.Module):
     """eq. (1) around a frozen linear layer, whose parameters keep their names."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float):
+    def __init__(self, base: nn.Linear | nn.Conv2d, rank: int, alpha: float):
         super().__init__()
         self.weight, self.bias, self.scale = base.weight, base.bias, alpha / rank
+        out_features, in_features = base.weight.shape[:2]
         like = dict(device=base.weight.device, dtype=torch.float32)
-        self.lora_A = nn.Parameter(
-            torch.randn(rank, base.in_features, **like) / base.in_features**0.5
-        )
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
+        self.lora_A = nn.Parameter(torch.randn(rank, in_features, **like) / in_features**0.5)
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, **like))
 
     def forward(self, hidden: Tensor) -> Tensor:  # (..., in) -> (..., out)
         # The scale is a factor of the small matrix, not of all tokens.
@@ -113,16 +113,12 @@ class LoRALinear(nn.Module):
         """eq. (2), summed in fp32: a small update would drown in a bf16 sum."""
         linear = nn.Linear(*self.weight.shape[::-1], bias=self.bias is not None, device="meta")
         weight = self.weight.float() + self.scale * self.lora_B @ self.lora_A
-        linear.weight, linear.bias = (nn.Parameter(weight.to(self.weight.dtype)), self.bias)
+        linear.weight, linear.bias = nn.Parameter(weight.to(self.weight.dtype)), self.bias
         return linear
 
 
 class LoRAConv(LoRALinear):
     """The same around a 1x1 convolution, a linear layer for each pixel: SANA's MLPs."""
-
-    def __init__(self, base: nn.Conv2d, rank: int, alpha: float):
-        super().__init__(to_linear(base), rank, alpha)
-        self.weight = base.weight
 
     def forward(self, image: Tensor) -> Tensor:  # (B, in, h, w) -> (B, out, h, w)
         halves = (self.lora_A, self.scale * self.lora_B)
@@ -136,15 +132,6 @@ class LoRAConv(LoRALinear):
         weight = self.weight.float() + update[..., None, None]
         conv.weight, conv.bias = nn.Parameter(weight.to(self.weight.dtype)), self.bias
         return conv
-
-
-def to_linear(conv: nn.Conv2d) -> nn.Linear:
-    linear = nn.Linear(*conv.weight.shape[1::-1], bias=False, device="meta")
-    linear.weight, linear.bias = (
-        nn.Parameter(conv.weight[..., 0, 0], requires_grad=False),
-        conv.bias,
-    )
-    return linear
 
 
 def replace_layers(model: nn.Module, kinds: tuple, make) -> None:
@@ -170,9 +157,11 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def choose_trained(model: nn.Module, config: Config) -> None:
-    """Freeze by name, in the open: LoRA (or all of the blocks) and the two doors are trained."""
+    """Freeze by name, in the open: LoRA (or all weights) and the two doors are trained."""
     model.requires_grad_(config.full)
-    if not config.full:
+    if config.full:
+        training.keep_mixed(model)  # in bf16 a small step is no step
+    else:
         add_lora(model, config.rank, config.alpha)
     for door in doors(model):
         door.requires_grad_(True)
@@ -198,7 +187,7 @@ def train(
 ) -> list:
     """Stage 3. Returns rows of the learning curve: (step, held-out loss)."""
     optimizer = training.adamw(rates(model, config))
-    run = training.Run("lora", trained(model), optimizer, config, out, clip=1.0)
+    run = training.Run("lora", trained(model), optimizer, config, out, 1.0, pictures.key)
     add_gradients = passes(model, config, config.recover and takes_guidance(model), device)
     first = 1_000_000  # other batches than stage 2's
     draw = data.ahead(lambda step: draw_batch(pictures, config, shift, first + step, "cpu"), device)
@@ -220,7 +209,7 @@ def train(
 # ---- main
 
 
-def load_aligned(config: Config, out: Path, spec: dict, device, dtype) -> nn.Module:
+def load_aligned(config: Config, spec: dict, device, dtype) -> nn.Module:
     """The model to go on from, from align.py's file. Its doors stay in fp32: they are trained."""
     if config.aligned == "none":
         base = sample.load_transformer(sample.describe(config.model), config.weights, device, dtype)
@@ -241,17 +230,23 @@ def find_aligned(config: Config, out: Path) -> dict:
     """What sample.describe says of align.py's file: its base, its autoencoder and its shift."""
     if config.aligned == "none":
         autoencoder = settle_autoencoder(config).autoencoder
-        return sample.describe(config.model, autoencoder) | {"shift": 2.0}
+        spec = sample.describe(config.model, autoencoder)
+        return spec | ({"shift": 2.0} if spec["text"] == "toy" else {})  # as align.py's default
     path = Path(config.aligned or out / "align.safetensors")
     if not path.exists():
         raise UserError(f"{path} is missing: run `python align.py --model {config.model}` first")
     run = weights.open_checkpoint(path)
     if run.metadata.get("stage") != "align":
         raise UserError(f"{path} is no file of align.py (stage {run.metadata.get('stage')!r})")
-    if run.metadata["base"] != config.model:
+    if run.metadata["base"] != sample.describe(config.model)["transformer"]:
         raise UserError(
             f"{path} was aligned for {run.metadata['base']}, --model is {config.model}: "
             f"align that model first"
+        )
+    if config.autoencoder not in ("", run.metadata["autoencoder"]):
+        raise UserError(
+            f"{path} was aligned for {run.metadata['autoencoder']}, --autoencoder is "
+            f"{config.autoencoder}: leave it out, or align for that one first"
         )
     return sample.describe(str(path))
 
@@ -260,11 +255,12 @@ def main() -> None:
     config = weights.parse_config(Config, __doc__)
     if sample.describe(config.model)["text"] != "toy":
         config = weights.parse_config(Config, __doc__, defaults=LARGE)
-    out = Path(config.out or f"runs/{Path(config.model).stem}")
+    out = training.folder_of(config)
     if config.export:
         return export_run(config, out)
-    spec = find_aligned(config, out)
     device = training.start(config.device)
+    training.check_flags(config)
+    spec = find_aligned(config, out)
     with training.locked(out):
         run(config, spec, out, device)
     training.finish()
@@ -297,19 +293,24 @@ def run(config: Config, spec: dict, out: Path, device: torch.device) -> None:
             f"weights would go to zero: one of them"
         )
     base_spec = sample.describe(config.model)
-    is_toy, shift = spec["text"] == "toy", spec["shift"]
+    is_toy = spec["text"] == "toy"
     dtype = training.frozen_dtype(config, device, is_toy)
     autoencoder = sample.load_autoencoder(spec["autoencoder"], config.weights, "meta", dtype)
     size = config.resolution or spec["size"]
+    training.check_size(size, [autoencoder.stride])
+    shift = own_shift(spec, autoencoder, size)
     if not is_toy:
-        rehearsal = load_aligned(config, out, spec, "meta", dtype)
+        rehearsal = load_aligned(config, spec, "meta", dtype)
         choose_trained(rehearsal, config)
         grid = (size // autoencoder.stride,) * 2
         print_estimate(rehearsal, grid, config, config.steps, device)
 
     source = open_source(config, size, autoencoder.stride, out, device)
     pictures = prepare(config, spec, [spec["autoencoder"]], source, out, device, dtype)
-    model = load_aligned(config, out, spec, device, dtype)
+    if config.aligned != "none":
+        key = data.digest(pictures.key, data.file_digest(Path(spec["transformer"])))
+        pictures = replace(pictures, key=key)
+    model = load_aligned(config, spec, device, dtype)
     choose_trained(model, config)
     training.ready_blocks(blocks(model), config)
     autoencoder = sample.load_autoencoder(spec["autoencoder"], config.weights, device, dtype)
@@ -333,7 +334,7 @@ def run(config: Config, spec: dict, out: Path, device: torch.device) -> None:
         return
     scores = {}
     if is_toy:
-        scores, images, labels = compare(config, out, base_spec, spec, saved, device)
+        scores, images, labels = compare(config, base_spec, spec, saved, device)
     else:
         shown, labels = preview(model, autoencoder, spec, shift, pictures, device)
         images = {"+ LoRA": shown}
@@ -348,7 +349,7 @@ def run(config: Config, spec: dict, out: Path, device: torch.device) -> None:
     print(json.dumps(dict(stage="lora", curve=curve, scores=scores, files=files)))
 
 
-def compare(config: Config, out: Path, base_spec: dict, spec: dict, saved: Path, device) -> tuple:
+def compare(config: Config, base_spec: dict, spec: dict, saved: Path, device) -> tuple:
     """Scores and pictures of the base, the aligned model and this one, loaded as a user will."""
     contestants = {}
     rows = [("base", base_spec), ("aligned", spec)]

@@ -404,7 +404,7 @@ class Store:
         return places
 
     def lacks(self, keys: Sequence[str]) -> list[int]:
-        """Which of them are not there; of equal ones the first: two processes must not write one."""
+        """Which of them are not there; of equal ones the first, for two processes may share them."""
         places, first = self.files(), {}
         for i, key in enumerate(keys):
             first.setdefault(key, i)
@@ -578,6 +578,7 @@ class Pictures:
     sizes: tuple = ()  # of each picture, in pixels; (): all the same
     names: tuple[str, ...] = ()  # of each picture
     captions: tuple[str, ...] = ()  # the distinct ones
+    key: str = ""  # of all of this
 
     def __len__(self) -> int:
         """How many are trained on. The last ones are held out."""
@@ -675,6 +676,7 @@ def assemble(
         sizes=tuple(getattr(source, "sizes", ())),
         names=tuple(map(str, getattr(source, "files", ()))),
         captions=tuple(distinct),
+        key=source.key,
     )
 
 

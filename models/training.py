@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -56,6 +56,14 @@ class Options:
 MAY_CHANGE = {"micro_batch", "checkpointing", "keep", "preview_every", "save_every"}
 MAY_CHANGE |= {"device", "out", "weights", "compile", "graph", "save_dtype"}
 PATIENCE = 10  # steps in a row that may be skipped
+LIMITS = {  # what flags may be, both ends included
+    **dict.fromkeys(("steps", "embed_steps", "micro_batch", "warmup", "preview_every"), (0, 10**9)),
+    **dict.fromkeys(("per_task", "resolution", "scenes", "position_stride"), (0, 10**6)),
+    **dict.fromkeys(("rank", "batch_size", "embed_batch", "save_every", "keep"), (1, 10**9)),
+    **dict.fromkeys(("lr", "embed_lr", "door_rate", "alpha"), (1e-12, 1e6)),
+    "decay": (0, 1e6), "shift": (0, 1e3), "guidance_max": (1, 1e3), "seed": (0, 2**40),
+    "dropout": (0, 1), "ema": (0, 0.999999),
+}  # fmt: skip
 
 # ---- processes
 
@@ -120,6 +128,24 @@ def total(value: float, device: torch.device) -> float:
 # ---- the run folder
 
 
+def folder_of(config) -> Path:
+    """--out, or runs/<model>: the name of a preset, a repository, a folder or a file."""
+    name = Path(config.model).name
+    suffix = next((s for s in weights.SUFFIXES if name.endswith(s)), "")
+    return Path(config.out or f"runs/{name.removesuffix(suffix)}")
+
+
+def check_flags(config) -> None:
+    """UserError: a number that no run can have, or fewer pictures a step than GPUs."""
+    for field in fields(config):
+        low, high = LIMITS.get(field.name, (None, None))
+        value, flag = getattr(config, field.name), f"--{field.name.replace('_', '-')}"
+        if low is not None and not low <= value <= high:  # NaN is neither
+            raise UserError(f"{flag} {value}: wanted {low:g} to {high:g}")
+        if field.name in ("batch_size", "embed_batch") and value < world():
+            raise UserError(f"{flag} {value} on {world()} GPUs: wanted a picture for each")
+
+
 def check_size(size: int, factors: list[int]) -> None:
     """UserError: a picture of this size is no whole number of tokens."""
     for factor in factors:
@@ -153,8 +179,8 @@ def locked(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        for partial in folder.glob(".tmp-*"):  # of a run that was killed inside a save
-            partial.unlink()
+        for partial in (*folder.glob(".tmp*"), *folder.glob("cache/**/.tmp*")):
+            partial.unlink()  # ours or safetensors', of a run that was killed inside a save
         yield
 
 
@@ -200,15 +226,19 @@ class Run:
     """
 
     def __init__(
-        self, stage: str, trained: dict[str, Tensor], optimizer, config, out: Path, clip: float = 0
+        self,
+        stage: str,
+        trained: dict[str, Tensor],
+        optimizer,
+        config,
+        out: Path,
+        clip: float = 0,
+        origin: str = "",
     ):
+        """origin: the digest of what is trained on and from; the progress of another is refused."""
         self.stage, self.trained, self.optimizer = stage, trained, optimizer
-        self.config, self.out, self.clip = config, out, clip
+        self.config, self.out, self.clip, self.origin = config, out, clip, origin
         self.device = next(iter(trained.values())).device
-        if config.batch_size < world():
-            raise UserError(
-                f"--batch-size {config.batch_size} on {world()} GPUs: wanted a picture for each"
-            )
         self.skipped, self.updates, self.bar = 0, 0, None
         self.average = {}
         self.first = self.resume()
@@ -231,6 +261,7 @@ class Run:
                 number = stop.asked(self.device)
                 if number or (step + 1) % self.config.save_every == 0 or step + 1 == last:
                     self.save(step + 1)  # the last one too: what follows may be interrupted
+                    number = stop.asked(self.device)  # perhaps meanwhile
                 if number:
                     self.bar.close()
                     again = f"step {step + 1} of {last} is saved: the same command goes on"
@@ -273,8 +304,8 @@ class Run:
             self.bar.write(f"skipped {what}{of}", file=sys.stderr)
         if self.skipped == PATIENCE:
             raise UserError(
-                f"{what}, the {PATIENCE}th step in a row that is not finite: lower --lr; the last "
-                f"progress saved is sound{of}"
+                f"{what}, the {PATIENCE}th step in a row that is not finite: delete {self.out}/"
+                f"{self.stage}.progress-* and begin anew with a lower --lr; the last is sound{of}"
             )
 
     @torch.no_grad()
@@ -315,7 +346,8 @@ class Run:
                     tensors[f"{name}.square"] = moments["exp_avg_sq"]
                 if name in self.average:
                     tensors[f"{name}.average"] = self.average[name]
-            notes = {"step": step, "updates": self.updates, "command": asdict(self.config)}
+            notes = {"step": step, "updates": self.updates, "origin": self.origin}
+            notes["command"] = asdict(self.config)
             path = self.out / f"{self.stage}.progress-{step:08d}.safetensors"
             weights.save(path, tensors, {k: json.dumps(v) for k, v in notes.items()})
             for old in self.files()[max(self.config.keep, 1) :]:
@@ -336,6 +368,11 @@ class Run:
                 raise UserError(
                     f"{path} is of an interrupted run with another {', '.join(changed)}: run that "
                     f"command again to finish it, or delete the file"
+                )
+            if json.loads(checkpoint.metadata.get("origin", '""')) != self.origin:
+                raise UserError(
+                    f"{path} is of an interrupted run on other pictures, or from another file of "
+                    f"align.py: bring these back to finish it, or delete the file"
                 )
             self.updates = int(checkpoint.metadata["updates"])
             for name, p in self.trained.items():
@@ -381,7 +418,10 @@ def adamw(groups: list[dict]) -> torch.optim.AdamW:
 def commit() -> str:
     """Of this code; "" outside of a git clone."""
     git = ["git", "-C", str(weights.ROOT), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        return ""
 
 
 def header(
@@ -507,9 +547,16 @@ def replayed(function: Callable, model: nn.Module) -> Callable:
     return call
 
 
+def keep_mixed(model: nn.Module) -> None:
+    """All weights to fp32, for updates too small for bf16; `autocast` goes on as before."""
+    model.mixed = any(p.dtype == torch.bfloat16 for p in model.parameters())
+    model.float()
+
+
 def autocast(model: nn.Module, device: torch.device):
     """bf16 for matmuls, where weights are bf16 and what is trained is fp32."""
-    mixed = any(p.dtype == torch.bfloat16 for p in model.parameters())
+    mixed = getattr(model, "mixed", False)
+    mixed = mixed or any(p.dtype == torch.bfloat16 for p in model.parameters())
     # Without the cache: a graph would find a copy of a weight that is no longer there.
     return torch.autocast(device.type, torch.bfloat16, enabled=mixed, cache_enabled=False)
 
@@ -604,4 +651,7 @@ def estimate(cost: Cost, model: nn.Module, config, steps: int, device: torch.dev
 def frozen_dtype(config, device: torch.device, is_toy: bool = False) -> torch.dtype:
     """--dtype; by default fp32 for toys and on a CPU, where fp32 is faster, else bf16."""
     plain = device.type != "cuda" or is_toy
-    return weights.pick_dtype(config.dtype or ("fp32" if plain else "bf16"))
+    dtype = weights.pick_dtype(config.dtype or ("fp32" if plain else "bf16"))
+    if dtype == torch.float16:
+        raise UserError("--dtype fp16: small gradients are zero in it; wanted bf16 or fp32")
+    return dtype

@@ -91,8 +91,18 @@ def test_a_perfect_embedder_explains_everything():
     pooled = nn.functional.avg_pool2d(target, 2).flatten(2).mT  # (6, 4, D)
     latents = torch.randn(6, 32, 2, 2)
     model.embed = lambda _: pooled
-    loss, variance = align.alignment_loss(model, base, latents, base_latents)
-    assert loss < 1e-10 < variance
+    loss, seen = align.alignment_loss(model, base, latents, base_latents)
+    assert loss < 1e-10 < seen.var() and torch.allclose(seen, pooled)
+
+
+def test_what_stage_1_explains_does_not_depend_on_the_passes():
+    base, pictures = tiny_base(), tiny_pictures()
+    model = align.transplant(base, 32, position_stride=2)
+    shares = [
+        align.explained(model, base, pictures, Config(micro_batch=n), torch.device("cpu"))
+        for n in (0, 1, 3)
+    ]
+    assert max(shares) - min(shares) < 1e-6 and shares[0] < 1
 
 
 def test_a_transplant_shares_the_blocks_and_starts_silent():

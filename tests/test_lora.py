@@ -103,6 +103,18 @@ def test_decay_takes_lora_towards_nothing_and_leaves_the_doors():
         assert torch.allclose(p, shrunk * before[name]), name
 
 
+def test_all_weights_are_trained_in_fp32_and_multiplied_in_bf16():
+    model = tiny_base().to(torch.bfloat16)
+    lora.choose_trained(model, Config(full=True))
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+    with training.autocast(model, torch.device("cpu")):
+        assert model.txt_in(torch.ones(1, 3, 8)).dtype == torch.bfloat16
+    model = tiny_base()
+    lora.choose_trained(model, Config(full=True))
+    with training.autocast(model, torch.device("cpu")):
+        assert model.txt_in(torch.ones(1, 3, 8)).dtype == torch.float32
+
+
 def test_decay_of_all_weights_is_refused(tmp_path):
     with pytest.raises(UserError, match="--full has none"):
         lora.run(Config(full=True, decay=1.0), {}, tmp_path, torch.device("cpu"))

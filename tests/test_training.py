@@ -179,6 +179,26 @@ def test_a_signal_ends_the_step_saves_and_exits(tmp_path, monkeypatch, number):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_signal_during_the_last_save_is_heard(tmp_path, monkeypatch):
+    save = training.Run.save
+
+    def interrupted(self, step):
+        save(self, step)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(training.Run, "save", interrupted)
+    with pytest.raises(SystemExit) as end:
+        train(tmp_path, replace(CONFIG, steps=2, save_every=100))
+    assert end.value.code == 128 + signal.SIGTERM and int(state(tmp_path)[1]["step"]) == 2
+
+
+def test_progress_on_other_pictures_is_refused(tmp_path):
+    train(tmp_path, replace(CONFIG, steps=2), replace(tiny_pictures(), key="these"))
+    train(tmp_path, replace(CONFIG, steps=2), replace(tiny_pictures(), key="these"))
+    with pytest.raises(UserError, match="interrupted run on other pictures"):
+        train(tmp_path, replace(CONFIG, steps=2), replace(tiny_pictures(), key="those"))
+
+
 def test_a_second_ctrl_c_does_not_wait():
     with training.Stop() as stop:
         os.kill(os.getpid(), signal.SIGINT)
@@ -235,9 +255,44 @@ def test_a_folder_takes_one_run_at_a_time(tmp_path):
         with pytest.raises(UserError, match=f"process {os.getpid()} on {socket.gethostname()}"):
             with training.locked(tmp_path):
                 pass
-    (tmp_path / ".tmp-x.safetensors").write_text("half")
+    left = [tmp_path / ".tmp-x.safetensors", tmp_path / ".tmpAb3xYz"]  # ours, safetensors'
+    left.append(tmp_path / "cache" / "0a" / ".tmpQ1w2E3")
+    left[-1].parent.mkdir(parents=True)
+    for file in left:
+        file.write_text("half")
     with training.locked(tmp_path):
-        assert not list(tmp_path.glob(".tmp-*"))
+        assert not any(file.exists() for file in left)
+
+
+def test_a_folder_is_named_after_the_whole_model():
+    names = {
+        "sana-1.6b-4k": "sana-1.6b-4k",
+        "black-forest-labs/FLUX.1-Krea-dev": "FLUX.1-Krea-dev",
+        "weights/my.flux/": "my.flux",
+        "weights/flux1-dev.safetensors": "flux1-dev",
+    }
+    for model, folder in names.items():
+        assert training.folder_of(align.Config(model=model)) == Path("runs") / folder
+    assert training.folder_of(align.Config(out="here")) == Path("here")
+
+
+@pytest.mark.parametrize("config", [
+    align.Config(lr=math.nan), align.Config(steps=-1), align.Config(micro_batch=-1),
+    align.Config(save_every=0), align.Config(dropout=2.0), lora.Config(rank=0),
+    lora.Config(lr=-1e-3), lora.Config(seed=-1), align.Config(embed_batch=0),
+])  # fmt: skip
+def test_a_flag_that_no_run_can_have_is_refused(config):
+    with pytest.raises(UserError, match=r"^--[a-z-]+ \S+( on 1 GPUs)?: wanted"):
+        training.check_flags(config)
+    training.check_flags(type(config)())
+
+
+def test_a_machine_without_git_can_save(monkeypatch):
+    def absent(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(subprocess, "run", absent)
+    assert training.commit() == ""
 
 
 # ---- the same result, with less memory or more processes
