@@ -81,8 +81,14 @@ LARGE = dict(
 
 
 def settle_autoencoder(config):
-    """config with --autoencoder filled in."""
-    own = sample.describe(config.model)["autoencoder"]
+    """config with --autoencoder filled in. UserError: --model is no base."""
+    spec = sample.describe(config.model)
+    if spec.get("is_run"):
+        raise UserError(
+            f"--model {config.model} is a run of ours, which needs its own base: wanted a full "
+            f"model, such as the transformer that `python lora.py --export diffusers` writes"
+        )
+    own = spec["autoencoder"]
     name = config.autoencoder or DEEPER.get(own)
     if not name:
         raise UserError(
@@ -105,6 +111,11 @@ def open_source(config, size: int, factor: int, out: Path, device: torch.device)
         if source.left_out and training.rank() == 0:
             print(f"all of them: {data.write_left_out(source, out / 'left_out.txt')}")
     else:
+        if size != toy.SIZE:
+            raise UserError(
+                f"--resolution {size}: scenes are drawn {toy.SIZE} pixels a side: leave it out, or "
+                f"name a folder of pictures, --data"
+            )
         source = toy.Source(config.scenes, seed=1000 + config.seed, device=device)
     if len(source) < data.FEWEST:
         raise UserError(f"{len(source)} pictures; at least {data.FEWEST} are needed to train")
@@ -128,6 +139,9 @@ def prepare(config, spec: dict, names: list[str], source, out: Path, device, dty
     captions = source.captions
     if spec["text"] == "toy":
         captions = [toy.known_words(caption) for caption in captions]
+        counts = [sum(len(line.split()) for line in lines) for lines in (captions, source.captions)]
+        if counts[0] < counts[1]:
+            print(f"the toy's text encoder knows {counts[0]} of {counts[1]} words")
     cache = out / "cache"
     words = (sample.text_kind(spec), sample.text_source(spec, config.weights))
     words = data.encode_captions(*words, captions, cache, device, dtype)
@@ -456,9 +470,9 @@ def show_and_score(
     encoder = text.TOYS[sample.text_kind(spec)].from_pretrained(spec["repo"], device)
     scores, pictures = {}, {}
     for name, (model, autoencoder, shift) in contestants.items():
-        rates, images = toy.evaluate(
-            model, autoencoder, encoder, prompts, spec["guidance"], spec["steps"], shift
-        )
+        how = (spec["guidance"], spec["steps"], shift)
+        with training.autocast(model, device):
+            rates, images = toy.evaluate(model, autoencoder, encoder, prompts, *how)
         scores[name], pictures[name] = rates, images[:9].cpu()
     return scores, pictures, [prompt.text for prompt in prompts[:9]]
 
@@ -518,9 +532,10 @@ def print_distances(distances: dict[str, list[float]]) -> None:
 
 
 def main() -> None:
-    config = weights.parse_config(Config, __doc__)
+    doc = training.with_large(__doc__, LARGE)
+    config = weights.parse_config(Config, doc)
     if sample.describe(config.model)["text"] != "toy":
-        config = weights.parse_config(Config, __doc__, defaults=LARGE)
+        config = weights.parse_config(Config, doc, defaults=LARGE)
     config = settle_autoencoder(config)
     device = training.start(config.device)
     training.check_flags(config)
@@ -600,7 +615,8 @@ def run(config: Config, out: Path, device: torch.device) -> None:
     distances["aligned"] = feature_distance(model, base, pictures, config, device)
 
     saved = out / "align.safetensors"
-    notes = training.header(config, "align", spec, config.autoencoder, model, shift, config.steps)
+    about = spec | {"autoencoder": config.autoencoder, "shift": shift, "size": size}
+    notes = training.header(config, "align", about, model, config.steps)
     training.save_last(saved, trained(model), notes)
     if training.rank() > 0:
         return
@@ -622,7 +638,7 @@ def run(config: Config, out: Path, device: torch.device) -> None:
     print("held-out flow loss   " + "   ".join(f"{k} {v:.3f}" for k, v in losses.items()))
     print_distances(distances)
     print_scores(scores)
-    print(f"\nsaved  {'  '.join(files)}\nnext   python lora.py --model {config.model}")
+    print(f"\nsaved  {'  '.join(files)}\nnext   python lora.py {training.same_flags(config)}")
     figures = dict(
         stage="align",
         explained=share,
@@ -634,6 +650,7 @@ def run(config: Config, out: Path, device: torch.device) -> None:
         files=files,
     )
     print(json.dumps(figures))
+    training.delete_progress(saved)
 
 
 def own_shift(spec: dict, autoencoder: nn.Module, size: int) -> float:

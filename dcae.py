@@ -670,9 +670,10 @@ def main() -> None:
     images = padded.to(device, dtype)
     latents = tiled_encode(model, images) if tiled else model.encode(images)  # (1, C, h, w)
     decoded = tiled_decode(model, latents) if tiled else model.decode(latents)
-    decoded = decoded[..., :height, :width].float().cpu().clamp(-1, 1)
+    decoded = decoded[..., :height, :width].float().cpu()
     if not decoded.isfinite().all():
         raise UserError(f"the reconstruction overflows in {config.dtype}: pass --dtype fp32")
+    decoded = decoded.clamp(-1, 1)
     difference = 4 * (decoded - image).abs() - 1  # black where equal
     out = Path(config.out)
     try:

@@ -234,7 +234,7 @@ def find_aligned(config: Config, out: Path) -> dict:
         return spec | ({"shift": 2.0} if spec["text"] == "toy" else {})  # as align.py's default
     path = Path(config.aligned or out / "align.safetensors")
     if not path.exists():
-        raise UserError(f"{path} is missing: run `python align.py --model {config.model}` first")
+        raise UserError(f"{path} is missing: run `python align.py {training.same_flags(config)}`")
     run = weights.open_checkpoint(path)
     if run.metadata.get("stage") != "align":
         raise UserError(f"{path} is no file of align.py (stage {run.metadata.get('stage')!r})")
@@ -252,9 +252,10 @@ def find_aligned(config: Config, out: Path) -> dict:
 
 
 def main() -> None:
-    config = weights.parse_config(Config, __doc__)
+    doc = training.with_large(__doc__, LARGE)
+    config = weights.parse_config(Config, doc)
     if sample.describe(config.model)["text"] != "toy":
-        config = weights.parse_config(Config, __doc__, defaults=LARGE)
+        config = weights.parse_config(Config, doc, defaults=LARGE)
     out = training.folder_of(config)
     if config.export:
         return export_run(config, out)
@@ -270,7 +271,7 @@ def export_run(config: Config, out: Path) -> None:
     """Write what --export asks for, beside the run."""
     saved = out / "lora.safetensors"
     if not saved.exists():
-        raise UserError(f"{saved} is missing: run `python lora.py --model {config.model}` first")
+        raise UserError(f"{saved} is missing: run `python lora.py {training.same_flags(config)}`")
     spec = sample.describe(str(saved))
     dtype = weights.pick_dtype(config.dtype or ("fp32" if spec["text"] == "toy" else "bf16"))
     model = sample.load_transformer(spec, config.weights, "cpu", dtype)
@@ -280,8 +281,12 @@ def export_run(config: Config, out: Path) -> None:
         print(
             f"positions: a token sits at {stride} * i + {(stride - 1) / 2:g}; give these as img_ids"
         )
+    side = spec["size"]
+    print(f"sample with {spec['autoencoder']}, timestep shift {spec['shift']:.3g}, {side}x{side}")
     print("saved  " + "  ".join(map(str, files)))
-    print(json.dumps(dict(stage="export", kind=config.export, files=[str(file) for file in files])))
+    files = [str(file) for file in files]
+    facts = {name: spec[name] for name in ("autoencoder", "shift", "size")}
+    print(json.dumps(dict(stage="export", kind=config.export, files=files) | facts))
 
 
 def run(config: Config, spec: dict, out: Path, device: torch.device) -> None:
@@ -325,9 +330,8 @@ def run(config: Config, spec: dict, out: Path, device: torch.device) -> None:
     curve = train(model, pictures, config, shift, device, out, show)
 
     saved = out / "lora.safetensors"
-    notes = training.header(
-        config, "lora", base_spec, spec["autoencoder"], model, shift, config.steps
-    )
+    about = base_spec | {"autoencoder": spec["autoencoder"], "shift": shift, "size": size}
+    notes = training.header(config, "lora", about, model, config.steps)
     kept = {name: p.to(save_dtype) for name, p in trained(model).items()}
     training.save_last(saved, kept, notes | {"alpha": str(config.alpha)})
     if training.rank() > 0:
@@ -347,6 +351,7 @@ def run(config: Config, spec: dict, out: Path, device: torch.device) -> None:
     print_scores(scores)
     print(f"\nsaved  {'  '.join(files)}\nnext   python sample.py --model {saved}")
     print(json.dumps(dict(stage="lora", curve=curve, scores=scores, files=files)))
+    training.delete_progress(saved)
 
 
 def compare(config: Config, base_spec: dict, spec: dict, saved: Path, device) -> tuple:

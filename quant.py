@@ -789,7 +789,7 @@ def report(
 
 
 def write_header(config: Config, spec: dict, model: nn.Module, layers: dict) -> dict[str, str]:
-    told = header(config, "quant", spec, spec["autoencoder"], model, spec.get("shift"), 0)
+    told = header(config, "quant", spec, model, 0)
     told |= {"class": type(model).__name__, "layers": json.dumps(layers), "format": config.format}
     return told | {"spec": json.dumps(spec | {"stage": "quant"})}
 

@@ -503,9 +503,10 @@ SANA_1K = "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
 # `text` names the encoders and tells the toy world; `family` the transformer, where these do not.
 # `repo` has the text encoders, and the autoencoder unless that is named: it is the hub's pipeline
 # with the transformer, unless it is named too. `shift` replaces the ratio r of the schedule.
+# `is_run`: what our stages trained, on top of a base.
 MODELS = {
     "flux-toy": dict(TOY, size=128, autoencoder="flux-vae-toy", shift=4.0),
-    "dc-gen-toy": dict(TOY, size=128, autoencoder="dc-ae-f32c32-toy", shift=2.0),
+    "dc-gen-toy": dict(TOY, size=128, autoencoder="dc-ae-f32c32-toy", shift=2.0, is_run=True),
     "sana-toy": dict(SANA_TOY, size=128, autoencoder="dc-ae-f32c32-toy", shift=2.0),
     "flux-dev": FLUX,
     "flux-krea": dict(FLUX, guidance=4.5),
@@ -528,7 +529,7 @@ def describe(model: str, autoencoder: str = "") -> dict:
     path = Path(model)
     if path.exists():
         is_pipeline = (path / "model_index.json").exists()
-        spec = describe_pipeline(path, model) if is_pipeline else describe_weights(path)
+        spec = describe_pipeline(path, str(path)) if is_pipeline else describe_weights(path)
     elif model in MODELS:
         repo = (flux.PRESETS | sana.PRESETS)[model].get("hub", "")
         spec = {"transformer": model, "repo": repo, "autoencoder": repo} | MODELS[model]
@@ -604,8 +605,10 @@ def describe_weights(path: Path) -> dict:
         return spec | here
     if checkpoint.is_run:
         try:
-            spec = describe(notes["base"]) | here | {"autoencoder": notes["autoencoder"]}
-            return spec | ({"shift": float(notes["shift"])} if "shift" in notes else {})
+            told = {"shift": float, "size": int}  # older runs are of the base's size
+            told = {name: kind(notes[name]) for name, kind in told.items() if name in notes}
+            own = {"autoencoder": notes["autoencoder"], "is_run": True}
+            return describe(notes["base"]) | here | own | told
         except (KeyError, ValueError) as error:
             raise UserError(f"{path}: its base or autoencoder is not found ({error})") from None
     for name, shape in checkpoint.shapes.items():

@@ -88,6 +88,8 @@ def write(kind: str, run_file: Path, model: nn.Module, folder: Path) -> list[Pat
     if kind not in KINDS:
         raise UserError(f"--export {kind} is unknown; one of {', '.join(KINDS)}")
     run = weights.open_checkpoint(run_file)
+    if kind != "diffusers":
+        lora_pairs(run)  # is there one?
     if kind == "comfyui":
         return [write_comfyui(model, run, folder)]
     doors = [n for n in run.shapes if not n.endswith((".lora_A", ".lora_B"))]
@@ -112,6 +114,8 @@ def write_transformer(model: nn.Module, folder: Path) -> list[Path]:
     """config.json and shards, as diffusers' save_pretrained lays them out."""
     name = "FluxTransformer2DModel" if isinstance(model, Flux) else "SanaTransformer2DModel"
     config = {k: v for k, v in model.config.items() if k != "position_stride"}
+    for old in folder.glob("diffusion_pytorch_model*"):
+        old.unlink()  # more shards of an earlier export, and their index, would be read first
     shards, size = [{}], 0
     for key, tensor in to_diffusers(model).items():
         if size + tensor.nbytes > SHARD and shards[-1]:

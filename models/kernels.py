@@ -337,7 +337,8 @@ def split_heads_kernel(
         k = tl.load(qkv + HEADS * HEAD_DIM + place, mask, 0.0)
         if COPY_V:
             v = tl.load(qkv + 2 * HEADS * HEAD_DIM + place, mask, 0.0)
-            tl.store(joint + 2 * joint_part + place, v, mask)
+            # Not 2 * joint_part: a product of 32 bits, too few from 2^30 values on.
+            tl.store(joint + joint_part + joint_part + place, v, mask)
         q = rotate_heads(q, q_a, q_b, cos_a, cos_b, sin_a, sin_b, eps, HEAD_DIM)
         k = rotate_heads(k, k_a, k_b, cos_a, cos_b, sin_a, sin_b, eps, HEAD_DIM)
         tl.store(joint + place, q, mask)

@@ -15,10 +15,12 @@ import functools
 import json
 import math
 import os
+import shlex
 import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -365,14 +367,15 @@ class Run:
             told, now = json.loads(checkpoint.metadata["command"]), asdict(self.config)
             changed = [k for k in now if now[k] != told.get(k) and k not in MAY_CHANGE]
             if changed:
+                then = ", ".join(f"--{k.replace('_', '-')} {told.get(k)}" for k in changed)
                 raise UserError(
-                    f"{path} is of an interrupted run with another {', '.join(changed)}: run that "
-                    f"command again to finish it, or delete the file"
+                    f"{path} is of an interrupted run with {then}: run that command again to "
+                    f"finish it, or delete {self.out}/*.progress-*"
                 )
             if json.loads(checkpoint.metadata.get("origin", '""')) != self.origin:
                 raise UserError(
                     f"{path} is of an interrupted run on other pictures, or from another file of "
-                    f"align.py: bring these back to finish it, or delete the file"
+                    f"align.py: bring these back to finish it, or delete {self.out}/*.progress-*"
                 )
             self.updates = int(checkpoint.metadata["updates"])
             for name, p in self.trained.items():
@@ -397,12 +400,30 @@ class Run:
 
 
 def save_last(path: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
-    """What the stage is for; the way there is then no longer needed."""
+    """What the stage is for."""
     if rank() == 0:
         weights.save(path, tensors, notes)
-        for file in path.parent.glob(f"{path.stem}*.progress-*.safetensors"):
-            file.unlink()
     wait_for_all()
+
+
+def delete_progress(path: Path) -> None:
+    """Once all is told, the way there is no longer needed."""
+    for file in path.parent.glob(f"{path.stem}*.progress-*.safetensors"):
+        file.unlink()
+
+
+def with_large(doc: str, flags: dict) -> str:
+    """A script's help, and what flags are for official models unless given."""
+    spelled = [f"--{k.replace('_', '-')}" + f" {v}" * (v is not True) for k, v in flags.items()]
+    return f"{doc}\n{textwrap.fill('For official models: ' + '  '.join(spelled), 100)}"
+
+
+def same_flags(config) -> str:
+    """Of this command, what the next one needs to be about the same run."""
+    shared = ("model", "data", "weights", "resolution", "out")
+    given = {f.name: getattr(config, f.name) for f in fields(config) if f.name in shared}
+    plain = {f.name: f.default for f in fields(config)} | {"model": ""}
+    return " ".join(f"--{k} {shlex.quote(str(v))}" for k, v in given.items() if v != plain[k])
 
 
 def adamw(groups: list[dict]) -> torch.optim.AdamW:
@@ -424,13 +445,15 @@ def commit() -> str:
         return ""
 
 
-def header(
-    config, stage: str, spec: dict, autoencoder: str, model: nn.Module, shift: float, step: int
-) -> dict[str, str]:
-    """What makes a run loadable and repeatable, as a safetensors header holds it: strings."""
+def header(config, stage: str, spec: dict, model: nn.Module, step: int) -> dict[str, str]:
+    """What makes a run loadable and repeatable, as a safetensors header holds it: strings.
+
+    spec: what sample.describe says of the base, with the run's own autoencoder, shift and size.
+    """
     facts = dict(
-        stage=stage, base=spec["transformer"], autoencoder=autoencoder, config=model.config,
-        shift=shift, seed=config.seed, step=step, command=asdict(config),
+        stage=stage, base=spec["transformer"], autoencoder=spec["autoencoder"],
+        config=model.config, shift=spec.get("shift"), size=spec["size"],
+        seed=config.seed, step=step, command=asdict(config),
         commit=commit(), torch=torch.__version__,
     )  # fmt: skip
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}

@@ -54,7 +54,8 @@ def run(main: Callable[[], None]) -> None:
         sentence = str(error)
     except torch.OutOfMemoryError as error:
         sentence = (
-            f"{str(error).split('. ')[0]}: a smaller picture or batch, or --dtype bf16, may fit"
+            f"{str(error).split('. ')[0]}: a smaller picture or batch, or --dtype bf16, may fit; "
+            f"in training --micro-batch 1 --checkpointing"
         )
     except OSError as error:  # a picture, a line of metrics.jsonl: what is larger is checked first
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
@@ -63,7 +64,12 @@ def run(main: Callable[[], None]) -> None:
             f"{error.filename or 'a file'} cannot be written ({error.strerror}): free some room or "
             f"name another --out; the last progress saved is sound"
         )
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # a CPU's way to say it
+            raise
+        sentence = "out of memory: a smaller picture or batch may fit"
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     else:
         return
@@ -115,6 +121,8 @@ def pick_device(name: str = "") -> torch.device:
         raise UserError(f"--device {name!r} is no device; here: {', '.join(available)}") from None
     if device.type not in available or (device.index or 0) >= counts.get(device.type, 1):
         raise UserError(f"--device {name} is not available; here: {', '.join(available)}")
+    if device.index:  # kernels and graphs go to the current one
+        torch.cuda.set_device(device)
     return device
 
 

@@ -205,7 +205,7 @@ def test_progress_of_other_settings_is_refused(tmp_path):
         door.requires_grad_(True)
     config = Config(steps=4, batch_size=4, save_every=2)
     align.train_doors(model, tiny_pictures(), config, 2.0, torch.device("cpu"), tmp_path)
-    with pytest.raises(UserError, match="another lr"):
+    with pytest.raises(UserError, match=r"interrupted run with --lr 0.003: .*progress-"):
         align.train_doors(
             model, tiny_pictures(), replace(config, lr=1.0), 2.0, torch.device("cpu"), tmp_path
         )

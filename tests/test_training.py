@@ -192,6 +192,23 @@ def test_a_signal_during_the_last_save_is_heard(tmp_path, monkeypatch):
     assert end.value.code == 128 + signal.SIGTERM and int(state(tmp_path)[1]["step"]) == 2
 
 
+def test_what_is_trained_is_not_trained_again_for_its_report(tmp_path, monkeypatch, capsys):
+    flags = "--scenes 160 --embed-steps 2 --embed-batch 8 --steps 2 --per-task 1 --device cpu"
+    flags = [*flags.split(), "--out", tmp_path]
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(align, "show_and_score", interrupted)
+        run_main(align, patch, capsys, *flags)
+    assert (tmp_path / "align.safetensors").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Run, "update", None)  # no step is left
+        assert run_main(align, patch, capsys, *flags)["scores"]
+    assert not list(tmp_path.glob("*.progress-*"))
+
+
 def test_progress_on_other_pictures_is_refused(tmp_path):
     train(tmp_path, replace(CONFIG, steps=2), replace(tiny_pictures(), key="these"))
     train(tmp_path, replace(CONFIG, steps=2), replace(tiny_pictures(), key="these"))

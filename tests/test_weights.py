@@ -621,6 +621,7 @@ def test_a_users_mistake_is_a_line_on_stderr_and_code_2(capsys):
         assert stop.value.code == code
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "error: got this, wanted that, do so"
+    assert lines[1] == "interrupted" and lines.pop(1)
     assert lines[1].startswith("error: CUDA out of memory: a smaller picture or batch")
     assert lines[2].startswith("error: runs/x/lora.png cannot be written (No space left on device)")
     weights.run(lambda: None)
