@@ -381,7 +381,7 @@ def measure_rates(config: Config, zoo: Zoo, found: dict) -> None:
             layer = nn.Linear(k, n, device=device, dtype=dtype).requires_grad_(False)
             hidden = torch.randn(m, k, device=device, dtype=dtype)
             rows = {str(dtype)[6:]: (layer, hidden)}
-            if fp8_runs(device):
+            if kernels.fp8_runs(device):
                 rows["fp8"] = (kernels.FP8Linear(layer), kernels.quantize_rows(hidden))
             for kind, (module, inputs) in rows.items():
                 took = measure_device(lambda: module(inputs), config, device)
@@ -389,10 +389,6 @@ def measure_rates(config: Config, zoo: Zoo, found: dict) -> None:
                 best = max(rates.get(kind, {}).get(str(m), 0), rate)
                 rates.setdefault(kind, {})[str(m)] = best
                 print(f"{kind:9}{m:5}x{k:5}x{n:5}{took}  {rate:7.0f} TFLOP/s")
-
-
-def fp8_runs(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 ATTENTION_LENGTHS = (1536, 4608, 16896)  # DC-Gen 1K, DC-Gen 4K = base 1K, base 2K; with the text
@@ -484,7 +480,7 @@ def measure_kernels(config: Config, zoo: Zoo, found: dict) -> None:
     for name, (arguments, takes_fp8, read, written) in rows.items():
         plain = partial(getattr(flux, name), *arguments)
         before, expected = measure_device(plain, config, device).median, first_of(plain())
-        for fp8 in (False, True) if takes_fp8 and fp8_runs(device) else (False,):
+        for fp8 in (False, True) if takes_fp8 and kernels.fp8_runs(device) else (False,):
             how = {"fp8": fp8} if takes_fp8 else {}
             fused = partial(getattr(kernels, name), *arguments, **how)
             after, label = measure_device(fused, config, device).median, name + " FP8" * fp8
@@ -537,7 +533,7 @@ def formats(config: Config, device: torch.device) -> list[str]:
     named = [name for name in config.format.split(",") if name]
     if unknown := [name for name in named if name not in ("fp8", "nvfp4")]:
         raise UserError(f"--format {','.join(unknown)}: wanted fp8, nvfp4 or both")
-    runs = {"fp8": fp8_runs, "nvfp4": fp4_runs}
+    runs = {"fp8": kernels.fp8_runs, "nvfp4": fp4_runs}
     return ["", *(name for name in named if runs[name](device))]
 
 

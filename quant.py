@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import dcae
 import sample
-from models import kernels, nvfp4, text, toy, weights
+from models import kernels, nvfp4, text, toy, training, weights
 from models.flux import Flux
 from models.nvfp4 import (
     BLOCK,
@@ -59,14 +59,14 @@ from models.nvfp4 import (
     use,
 )
 from models.sana import Sana
-from models.training import header
 from models.weights import UserError
 
 
 @dataclass(frozen=True)
 class Config:
     model: str = "dc-gen-toy"  # a name in sample.MODELS, a path, or a run of ours
-    lora: str = ""  # lora.py's file for that model: merged before anything is rounded
+    lora: str = ""  # lora.py's file, merged first; "": runs/<model>'s if there is one; none: none
+    autoencoder: str = ""  # "": the model's own; a preset or a path
     calib: str = ""  # prompts, .txt or .jsonl, of which 32 are sampled; "": the toy's captions
     weights: str = ""  # a folder to look in instead of the hub
     format: str = "nvfp4"  # or fp8: e4m3, a scale a row, nothing to calibrate
@@ -372,7 +372,8 @@ def quantize_model(
     finished = {n: done for n in layers if (done := read_layer(progress, n, key))}
     bar = tqdm(total=len(layers), initial=len(finished), desc="quant", unit="layer")
     for group in memory_groups(model, [n for n in layers if n not in finished], config.tokens):
-        inputs = gather(tuple(n for n in group if layers[n][0] < 16))
+        names = tuple(n for n in group if layers[n][0] < 16)
+        inputs = gather(names) if names else {}
         for name in group:
             done = quantize_layer(name, model, *layers[name], inputs.get(name), config)
             finished[name] = done
@@ -598,10 +599,11 @@ def widest_of(model: nn.Module) -> int:
 
 def check(config: Config, spec: dict, model: nn.Module, device: torch.device) -> None:
     """Refuse what cannot work before anything is computed."""
-    least = dict(rank=0, grid=0, rounds=0, tokens=64, pictures=1, per_task=1)
-    low = [f"--{n.replace('_', '-')}" for n, limit in least.items() if getattr(config, n) < limit]
-    if low:
-        raise UserError(f"{', '.join(low)}: too low, the least are {least}")
+    least = dict(rank=0, grid=0, rounds=0, tokens=64, pictures=1, per_task=1, seed=0)
+    for name, limit in least.items():
+        if not limit <= getattr(config, name) < 2**40:
+            flag = f"--{name.replace('_', '-')} {getattr(config, name)}"
+            raise UserError(f"{flag}: wanted {limit} or more, below 2^40")
     if spec.get("stage") == "quant":
         raise UserError(f"{config.model} is quantized already: name what it was made of")
     if config.format not in ("nvfp4", "fp8"):
@@ -610,9 +612,10 @@ def check(config: Config, spec: dict, model: nn.Module, device: torch.device) ->
         raise UserError(f"--scales {config.scales!r}: wanted mse or amax")
     nvfp4.pick_mode(config.mode, device)
     is_toy = spec["text"] == "toy"
-    if not Path(config.calib).is_file() and (config.calib or not is_toy):
+    is_list = Path(config.calib).is_file() and Path(config.calib).suffix in (".txt", ".jsonl")
+    if not is_list and (config.calib or not is_toy):
         raise UserError(
-            f"--calib {config.calib!r} is no file: calibration needs prompts, a line each, "
+            f"--calib {config.calib!r}: calibration needs prompts, a .txt or .jsonl file of lines, "
             f"{PROMPTS} or more like those that the model will be asked for"
         )
     if config.gptq and config.tokens < gptq_tokens(widest_of(model)):
@@ -623,7 +626,8 @@ def check(config: Config, spec: dict, model: nn.Module, device: torch.device) ->
         )
     if config.lora:
         run = weights.open_checkpoint(Path(config.lora)).metadata
-        if run.get("stage") != "lora" or run.get("base") != config.model:
+        base = sample.describe(config.model)["transformer"]
+        if run.get("stage") != "lora" or run.get("base") != base:
             raise UserError(
                 f"--lora {config.lora} is of stage {run.get('stage')!r} and base "
                 f"{run.get('base')!r}: wanted a file of lora.py for --model {config.model}"
@@ -700,23 +704,37 @@ def read_prompts(config: Config, is_toy: bool) -> tuple[list[str], list[str], li
     return given[:PROMPTS], [task.text for task in tasks] or others[: config.pictures], tasks
 
 
-@torch.no_grad()
+def find_lora(config: Config, out: Path) -> str:
+    """lora.py's file of this model: --lora, or what lies in the run folder; "" for none."""
+    own = out / "lora.safetensors"
+    return {"": str(own) if own.exists() else "", "none": ""}.get(config.lora, config.lora)
+
+
 def main() -> None:
     config = weights.parse_config(Config, __doc__)
     device = weights.pick_device(config.device)
     if device.type == "mps":  # which has no float8
         device = torch.device("cpu")
+    torch.set_float32_matmul_precision("high")  # errors of 3% are compared: TF32 is enough
     if config.model == "synthetic":
         return print_error_table(device)
-    torch.set_float32_matmul_precision("high")  # errors of 3% are compared: TF32 is enough
-    parts = (config.lora or config.model, "", config.weights)
-    spec, rehearsal, stride = before_loading(config, parts, device)
+    out = training.folder_of(config)
+    with training.locked(out):
+        run(replace(config, lora=find_lora(config, out)), device, out)
+
+
+@torch.no_grad()
+def run(config: Config, device: torch.device, out: Path) -> None:
+    parts = (config.lora or config.model, config.autoencoder, config.weights)
+    # First on the meta device, without memory: refuse what cannot work.
+    spec, rehearsal, autoencoder = sample.load_pipeline(*parts, "meta")
+    check(config, spec, rehearsal, device)
     is_toy = spec["text"] == "toy"
-    dtype = weights.pick_dtype(
-        config.dtype or ("fp32" if is_toy or device.type == "cpu" else "bf16")
-    )
+    plain = is_toy or device.type == "cpu"
+    dtype = weights.pick_dtype(config.dtype or ("fp32" if plain else "bf16"))
     prompts, shown, tasks = read_prompts(config, is_toy)
-    trip = plan(config, spec, rehearsal, stride, [*shown, *prompts], device, dtype)
+    words = [*shown, *prompts]
+    trip = plan(config, spec, rehearsal, autoencoder.stride, words, device, dtype)
     spec, model, autoencoder = sample.load_pipeline(*parts, device, dtype)
     _, model.attention = sample.pick_attention("", device, dtype)
     print_header(config, model, trip, len(prompts))
@@ -734,7 +752,6 @@ def main() -> None:
     ways = rungs(config, widest_of(model)) if has_ladder else {}
     chosen = next((way for way, rung in ways.items() if rung == config), config.format)
     images, seconds, layers = {"16-bit": pictures(model)}, {}, {}
-    out = Path(config.out or f"runs/{Path(config.model).stem}")
     saved, origin = out / "quant.safetensors", f"{checksum(model)!r} {prompts}"
     for way, rung in (ways | {chosen: config}).items():
         start, progress = sample.clock(device), out / "quant.progress" / re.sub(r"\W+", "-", way)
@@ -755,15 +772,6 @@ def main() -> None:
         images[way] = pictures(nvfp4.assemble(quantized, device, dtype, config.mode))
     shutil.rmtree(out / "quant.progress", ignore_errors=True)
     report(config, images, layers, chosen, seconds, saved, tasks, shown)
-
-
-def before_loading(
-    config: Config, parts: tuple, device: torch.device
-) -> tuple[dict, nn.Module, int]:
-    """(spec, the model's shapes, the autoencoder's stride); refuses what cannot work."""
-    spec, model, autoencoder = sample.load_pipeline(*parts, "meta")
-    check(config, spec, model, device)
-    return spec, model, autoencoder.stride
 
 
 def report(
@@ -789,7 +797,7 @@ def report(
 
 
 def write_header(config: Config, spec: dict, model: nn.Module, layers: dict) -> dict[str, str]:
-    told = header(config, "quant", spec, model, 0)
+    told = training.header(config, "quant", spec, model, 0)
     told |= {"class": type(model).__name__, "layers": json.dumps(layers), "format": config.format}
     return told | {"spec": json.dumps(spec | {"stage": "quant"})}
 

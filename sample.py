@@ -30,7 +30,7 @@ import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -48,7 +48,7 @@ from models.weights import UserError
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "flux-toy"  # a name (below), a hub id or a path
+    model: str = "flux-toy"  # a name (see above), a hub id or a path
     prompt: str = "a red circle left of a blue square"
     prompts: str = ""  # a .txt (a prompt a line) or .jsonl file ("prompt", "seed"); writes captions
     negative_prompt: str = ""  # SANA only: what to steer away from
@@ -71,13 +71,8 @@ class Config:
     dtype: str = ""  # of the weights: fp32, bf16, fp16; "": fp32 on the CPU and for toys, else bf16
 
 
-HERE = (
-    "out",
-    "weights",
-    "text_cache",
-    "from_",
-    "attention",
-)  # belong to a machine, not to a recipe
+# Belong to a machine, not to a recipe.
+HERE = ("out", "weights", "text_cache", "from_", "attention")
 
 
 # ---- schedule
@@ -317,7 +312,7 @@ TILES = {
 def triton_attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, tile: tuple | None = None
 ) -> Tensor:
-    """`attention` by the kernel, for hd <= 256; any strides, as of views into a joint qkv."""
+    """`attention` by the kernel, for hd <= 256; views into a joint qkv need no copy."""
     (batch, heads, queries, head_dim), keys = q.shape, k.shape[2]
     assert k.shape == v.shape == (batch, heads, keys, head_dim) and head_dim <= 256, (
         f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: "
@@ -328,8 +323,9 @@ def triton_attention(
     )
     if tile is None and attn_mask is None and kernels.hopper_takes(q, k, v):
         return kernels.hopper_attention(q, k, v)  # the same algorithm, scheduled by hand
-    if head_dim % 8 or any(t.data_ptr() % 16 for t in (q, k, v)):  # rows that TMA cannot address
-        q, k, v = (F.pad(t, (0, -head_dim % 8)).clone() for t in (q, k, v))
+    if head_dim % 8 or not all(map(tma_reads, (q, k, v))):
+        whole = torch.contiguous_format
+        q, k, v = (F.pad(t, (0, -head_dim % 8)).clone(memory_format=whole) for t in (q, k, v))
     block_d = max(triton.next_power_of_2(head_dim), 16)
     major = 0 if kernels.INTERPRETED else torch.cuda.get_device_capability(q.device)[0]
     tile = tile or TILES.get((major, block_d), TILE)
@@ -349,6 +345,12 @@ def triton_attention(
         HAS_BIAS=attn_mask is not None, STAGES=stages, num_warps=warps, maxnreg=registers,
     )  # fmt: skip
     return out[..., :head_dim]
+
+
+def tma_reads(heads: Tensor) -> bool:
+    """Do its rows lie where the hardware that copies tiles can address them?"""
+    steps = (n * heads.element_size() for n in heads.stride()[:-1])
+    return heads.stride(-1) == 1 and not any(n % 16 for n in (heads.data_ptr(), *steps))
 
 
 def pick_attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Callable]:
@@ -772,7 +774,7 @@ def read_jobs(config: Config) -> list[tuple[str, int]]:
             step = config.n if config.own_seeds else 0
             seeds = [int(r.get("seed", config.seed + i * step)) for i, r in enumerate(rows)]
             rows = [(str(r["prompt"]), seed) for r, seed in zip(rows, seeds)]
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise UserError(
                 f'{path}: every line is an object like {{"prompt": "a fox", "seed": 0}} ({error!r})'
             ) from None
@@ -832,6 +834,12 @@ def make_folder(folder: Path) -> None:
 def read_recipe(config: Config) -> tuple[Config, Tensor | None]:
     """The config of a PNG, or of kept latents (and they), on this machine's terms."""
     path, latents = Path(config.from_), None
+    ours = [f.name for f in fields(Config) if f.name not in (*HERE, "device")]
+    if given := [n for n in ours if getattr(config, n) != getattr(Config, n)]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UserError(
+            f"--from {path} repeats its recipe, with {flags} it would be another: leave out either"
+        )
     if path.suffix == ".safetensors":
         saved = weights.open_checkpoint(path)
         recipe = saved.metadata.get("recipe")
@@ -969,6 +977,8 @@ def main() -> None:
             return decode_kept(config, kept_latents)
     device = weights.pick_device(config.device)
     spec = describe(config.model, config.autoencoder)
+    if config.fp8 and spec.get("stage") == "quant":
+        raise UserError(f"--fp8 and {config.model}, which is quantized already: leave --fp8 out")
     config = complete(config, spec, device)
     name, attend = pick_attention(config.attention, device, weights.pick_dtype(config.dtype))
     config = replace(config, attention=name)
@@ -979,9 +989,7 @@ def main() -> None:
     if not jobs:
         return print(json.dumps({"stage": "sample", "files": []}))
     parts = (config.model, config.autoencoder, config.weights)
-    _, transformer, autoencoder = load_pipeline(
-        *parts, "meta"
-    )  # does it all fit, before it is read
+    _, transformer, autoencoder = load_pipeline(*parts, "meta")  # does it fit, before it is read
     grid = latent_grid(size, autoencoder.stride, transformer.patch_size)
     channels, tokens = transformer.latent_channels, math.prod(grid) // transformer.patch_size**2
     sigmas = timesteps(config.steps, spec["schedule"], tokens, channels, spec.get("shift"))

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.weights import UserError
+
 try:
     import triton
     import triton.language as tl
@@ -59,6 +61,11 @@ def runs_on(device: torch.device) -> bool:
     if triton is None or device.type != "cuda" or torch.version.hip:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def fp8_runs(device: torch.device) -> bool:
+    """Has this device tensor cores for e4m3?"""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def describe_tiles(tensor: Tensor, tile: list[int]) -> "TensorDescriptor":
@@ -207,8 +214,12 @@ class FP8Linear(nn.Module):
 def to_fp8(model: nn.Module) -> None:
     """Put FP8Linear in the place of every linear layer of the blocks that sees tokens.
 
-    Not the modulations: they see one row a picture, and steer all the others.
+    Not the modulations: they see one row a picture, and steer all the others. On a CPU the numbers
+    are those of a GPU, without the speed. UserError: on another device without e4m3.
     """
+    device = next(model.parameters()).device
+    if device.type not in ("cpu", "meta") and not fp8_runs(device):
+        raise UserError(f"FP8 on {device}: wanted an NVIDIA GPU from sm_89 on (Ada, Hopper)")
     for name, module in list(model.named_modules()):
         in_block = re.search(r"blocks\.\d+\.", name) and not re.search(r"mod(ulation)?\.lin$", name)
         if in_block and isinstance(module, nn.Linear):

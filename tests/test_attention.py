@@ -91,6 +91,15 @@ def test_views_into_a_joint_qkv_are_read_in_place():
     assert out.transpose(1, 2).flatten(2).data_ptr() == out.data_ptr()  # joining heads: a view
 
 
+def test_rows_that_no_tile_can_address_are_copied():
+    q, k, v = (normal(1, 2, 40, 32, seed=n) for n in range(3))
+    expected = sample.triton_attention(q, k, v, tile=TILE)
+    columns = [t.mT.contiguous().mT for t in (q, k, v)]  # neighbours lie far apart
+    odd = [F.pad(t, (0, 1))[..., :-1] for t in (q, k, v)]  # 33 values from row to row
+    for views in (columns, odd):
+        assert torch.equal(sample.triton_attention(*views, tile=TILE), expected)
+
+
 def test_a_model_that_is_given_the_kernel_says_the_same():
     model = Flux(
         in_channels=8, num_layers=1, num_single_layers=1, num_attention_heads=2,

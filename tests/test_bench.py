@@ -123,7 +123,7 @@ def test_the_floor_is_operations_over_rates(small):
 
 
 def test_the_ladder_knows_lossless_from_lossy(small, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "fp8_runs", lambda device: True)
+    monkeypatch.setattr(bench.kernels, "fp8_runs", lambda device: True)
     monkeypatch.setattr(bench, "fp4_runs", lambda device: True)
     monkeypatch.setattr(kernels, "runs_on", lambda device: False)  # the interpreter takes minutes
     found = {}

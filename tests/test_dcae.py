@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -386,6 +387,17 @@ def test_any_photo_becomes_the_same_tensor(tmp_path):
         assert image.shape == ((3, 30, 20) if name == "turned.jpg" else (3, 20, 30)), name
         assert image.dtype == torch.float32
         assert (image - torch.tensor(color)[:, None, None]).abs().max() < 0.03, name
+
+
+def test_what_overflows_is_told(tmp_path, monkeypatch):
+    """Clamped to a picture's range, infinity would pass for white."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
+    monkeypatch.setattr(
+        dcae.DCAE, "decode", lambda _, latents: torch.full((1, 3, 32, 32), math.inf)
+    )
+    monkeypatch.setattr("sys.argv", ["dcae.py", str(tmp_path / "x.png"), "--device", "cpu"])
+    with pytest.raises(UserError, match="overflows in fp32"):
+        dcae.main()
 
 
 def test_pixels_are_exact(tmp_path):

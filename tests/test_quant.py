@@ -335,6 +335,14 @@ def test_gptq_with_few_tokens_is_refused_with_the_reason():
     quant.check(replace(SMALL, gptq=True, tokens=320), {"text": "toy"}, tiny_flux(), CPU)
 
 
+def test_the_lora_of_the_run_folder_is_taken_unless_told_otherwise(tmp_path):
+    assert quant.find_lora(SMALL, tmp_path) == ""
+    (tmp_path / "lora.safetensors").touch()
+    assert quant.find_lora(SMALL, tmp_path) == str(tmp_path / "lora.safetensors")
+    assert quant.find_lora(replace(SMALL, lora="none"), tmp_path) == ""
+    assert quant.find_lora(replace(SMALL, lora="other"), tmp_path) == "other"
+
+
 def test_lora_of_another_model_is_refused(tmp_path):
     for told in ({"stage": "align", "base": "flux-toy"}, {"stage": "lora", "base": "flux-dev"}):
         weights.save(tmp_path / "lora.safetensors", {"x": torch.zeros(1)}, told)
@@ -346,8 +354,10 @@ def test_lora_of_another_model_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "wrong, words",
     [
-        (dict(rank=-1), "--rank: too low"),
-        (dict(tokens=8, per_task=0), "--tokens, --per-task: too low"),
+        (dict(rank=-1), "--rank -1: wanted 0 or more"),
+        (dict(tokens=8), "--tokens 8: wanted 64 or more"),
+        (dict(seed=2**50), "--seed 1125899906842624: wanted 0 or more, below 2"),
+        (dict(calib="README.md"), "calibration needs prompts"),
         (dict(format="int4"), "wanted nvfp4 or fp8"),
         (dict(scales="max"), "wanted mse or amax"),
         (dict(calib="nowhere.txt"), "calibration needs prompts"),

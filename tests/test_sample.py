@@ -386,6 +386,8 @@ def test_every_model_names_parts_that_exist():
         (["--prompts", "bad.jsonl"], "every line is an object like"),
         (["--from", "nowhere.png"], "not a readable picture"),
         (["--from", "plain.png"], "carries no recipe"),
+        (["--from", "plain.png", "--seed", "9", "--fp8"], "with --seed, --fp8 it would be another"),
+        (["--prompts", "huge.jsonl"], "every line is an object like"),
         (["--from", "typed.png"], "argument --steps: invalid int value: 'x'"),
         (["--model", "lost.safetensors"], "its base or autoencoder is not found"),
         (["--model", "other.safetensors"], "does not fit this Flux: tensors 1 of another shape"),
@@ -399,6 +401,7 @@ def test_every_model_names_parts_that_exist():
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(toy, monkeypatch, capsys, flags, sentence):
     (toy / "bad.jsonl").write_text('{"prompts": 3}')
+    (toy / "huge.jsonl").write_text('{"prompt": "a", "seed": Infinity}')
     Image.new("RGB", (8, 8)).save("plain.png")
     notes = PngImagePlugin.PngInfo()
     notes.add_text("recipe", '{"model": "flux-toy", "steps": "x"}')
