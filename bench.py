@@ -33,7 +33,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -53,23 +53,11 @@ from models import flux, kernels, nvfp4, sana, training, vae, weights
 from models.data import Pictures, ahead
 from models.weights import UserError
 
-PARTS = (
-    "rates",
-    "attention",
-    "kernels",
-    "step",
-    "decode",
-    "text",
-    "picture",
-    "throughput",
-    "ablate",
-)
-
 
 @dataclass(frozen=True)
 class Config:
     only: str = ""  # parts, with commas between them; "": all
-    models: str = "flux,sana"  # flux | sana | both
+    models: str = "flux,sana"  # one or both
     sizes: str = "1024,2048,4096"  # pixels a side
     steps: int = 20  # of a picture
     batch: int = 16  # pictures at a time, for the throughput; all else is one at a time
@@ -85,9 +73,7 @@ class Config:
     fuse: bool = True  # fused kernels
     hoist: bool = True  # what no noise reaches, computed before the first step
     graph: bool = True  # the step as a CUDA graph
-    channels_last: bool = True  # the autoencoder's memory layout
-    compile: bool = False  # by torch.compile: the autoencoder; with --train the blocks
-    search: bool = False  # cuDNN tries all convolutions that it has, once for each shape
+    compile: bool = False  # --train: the blocks, by torch.compile
     format: str = "fp8,nvfp4"  # DC-Gen also with linear layers in these (lossy); "": 16 bits alone
     device: str = ""  # "": cuda, then the CPU
     dtype: str = "bf16"  # bf16 | fp16, on a GPU
@@ -161,7 +147,7 @@ TEXT_TOKENS = {"flux": 512, "sana": 300}
 def chosen(config: Config) -> list[Case]:
     sizes, families = config.sizes.split(","), config.models.split(",")
     cases = [c for c in CASES if str(c.size) in sizes and c.family in families]
-    if not cases:
+    if not cases or not {*families} <= {"flux", "sana"}:
         raise UserError(
             f"--sizes {config.sizes} --models {config.models}: wanted some of 1024,2048,4096 and "
             f"of flux,sana"
@@ -207,6 +193,16 @@ class Zoo:
             return False
         self.left_out.append(label)
         return True
+
+    @contextmanager
+    def room(self, label: str) -> Iterator[None]:
+        """What does not fit on this GPU is noted, and what comes after it is measured."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            self.left_out.append(f"{label} (out of memory)")
+            self.kept = {}
+            torch.cuda.empty_cache()
 
     def transformer(self, case: Case, form: str = "") -> nn.Module:
         """In 16 bits, or with its linear layers in the format `form`."""
@@ -359,6 +355,17 @@ def count_decode(case: Case) -> Work:
     return Work(counter.get_total_flops())
 
 
+@contextmanager
+def exactly() -> Iterator[None]:
+    """fp32 products in fp32, where `training.start` allows TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def relative(ours: Tensor, truth: Tensor) -> float:
     return ((ours.double() - truth.double()).norm() / truth.double().norm()).item()
 
@@ -443,7 +450,8 @@ def measure_attention(config: Config, zoo: Zoo, found: dict) -> None:
     lengths = ATTENTION_LENGTHS
     print(f"\n{'':26}" + "".join(f"{n:>10}" for n in lengths))
     tensors = {n: [zoo.random(1, n, 24, 128).transpose(1, 2) for _ in range(3)] for n in lengths}
-    exact = sample.attention(*(t.float() for t in tensors[lengths[0]]))
+    with exactly():
+        exact = sample.attention(*(t.float() for t in tensors[lengths[0]]))
     for name, call in rivals(config, zoo.device).items():
         table[name] = {}
         try:
@@ -561,7 +569,8 @@ def cases_of(config: Config, device: torch.device) -> Iterator[tuple[Case, str, 
 def floor_ms(work: Work, case: Case, found: dict, form: str) -> float | None:
     """The operations over the best rates of this run, matched to the number of tokens."""
     tokens = case.tokens + TEXT_TOKENS[case.family]
-    rates = found.get("rates", {}).get("fp8" if form else "bfloat16")
+    rates = found.get("rates", {})
+    rates = rates.get("fp8") if form else rates.get("bfloat16", rates.get("float16"))
     speeds = {}  # tokens: the best rate of any attention here
     for row in found.get("attention", {}).values():
         for n, rate in row.items():
@@ -579,7 +588,9 @@ def measure_steps(config: Config, zoo: Zoo, found: dict) -> None:
     print(f"\n{'':27}{'tokens':>7}{'TFLOP':>8}{'ms':>10}   p10-p90              n"
           f"{'TFLOP/s':>9}{'floor ms':>10}{'of it':>6}{'GiB':>7}")  # fmt: skip
     for case, form, label in cases_of(config, zoo.device):
-        if not zoo.late(label):
+        if zoo.late(label):
+            continue
+        with zoo.room(label):
             model = zoo.transformer(case, form)
             rows[label] = step_row(label, case, model, config, zoo, found, form)
     zoo.kept = {}
@@ -613,24 +624,25 @@ def measure_decodes(config: Config, zoo: Zoo, found: dict) -> None:
         label = f"{case.autoencoder} {case.size}"
         if label in rows or zoo.late(f"decode {label}"):
             continue
-        autoencoder = zoo.autoencoder(case)
-        call = decode_call(autoencoder, zoo.random(*case.latents), config)
-        if zoo.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        took, work = measure(call, config, zoo.device), count_decode(case)
-        peak = torch.cuda.max_memory_allocated() / 2**30 if zoo.device.type == "cuda" else 0.0
-        print(f"{label:35}{work.total / 1e12:8.1f} {took}{work.total / took.median / 1e9:8.0f}"
-              f"{peak:7.1f}", flush=True)  # fmt: skip
-        rows[label] = {"ms": took.median, "tflop": work.total / 1e12, "peak_gib": peak}
+        with zoo.room(f"decode {label}"):
+            rows[label] = decode_row(label, case, config, zoo)
+
+
+def decode_row(label: str, case: Case, config: Config, zoo: Zoo) -> dict:
+    call = decode_call(zoo.autoencoder(case), zoo.random(*case.latents), config)
+    if zoo.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    took, work = measure(call, config, zoo.device), count_decode(case)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if zoo.device.type == "cuda" else 0.0
+    print(f"{label:35}{work.total / 1e12:8.1f} {took}{work.total / took.median / 1e9:8.0f}"
+          f"{peak:7.1f}", flush=True)  # fmt: skip
+    return {"ms": took.median, "tflop": work.total / 1e12, "peak_gib": peak}
 
 
 def decode_call(autoencoder: nn.Module, latents: Tensor, config: Config) -> Callable[[], Tensor]:
-    if config.channels_last:
-        autoencoder.to(memory_format=torch.channels_last)
-        latents = latents.contiguous(memory_format=torch.channels_last)
-    if config.compile:
-        autoencoder.decoder = torch.compile(autoencoder.decoder, mode="max-autotune-no-cudagraphs")
-    elif config.fuse and config.channels_last and kernels.runs_on(latents.device):
+    autoencoder.to(memory_format=torch.channels_last)
+    latents = latents.contiguous(memory_format=torch.channels_last)
+    if config.fuse and kernels.runs_on(latents.device):
         kernels.fuse(autoencoder)
 
     @torch.no_grad()
@@ -662,20 +674,21 @@ def measure_text(config: Config, zoo: Zoo, found: dict) -> None:
     rows = found.setdefault("text", {})
     print(f"\ntext                               {'ms':>10}   p10-p90              n")
     for family in config.models.split(","):
-        total = 0.0
-        for cls, settings, length in encoders[family]:
-            if zoo.late(f"text {family}"):
-                return
-            with torch.device("meta"):
-                model = cls(settings)
-            model = random_weights(model, zoo.device, zoo.dtype)
-            ids = torch.ones(1, length, dtype=torch.long, device=zoo.device)
-            with torch.no_grad():
-                took = measure(lambda: model(input_ids=ids), config, zoo.device)
-            total += took.median
-            print(f"{cls.__name__:35}{took}", flush=True)
-            model = None
-        rows[family] = {"ms": total}
+        if zoo.late(f"text {family}"):
+            return
+        with zoo.room(f"text {family}"):
+            rows[family] = {"ms": sum(time_encoder(*row, config, zoo) for row in encoders[family])}
+
+
+@torch.no_grad()
+def time_encoder(cls: type, settings: object, length: int, config: Config, zoo: Zoo) -> float:
+    with torch.device("meta"):
+        model = cls(settings)
+    model = random_weights(model, zoo.device, zoo.dtype)
+    ids = torch.ones(1, length, dtype=torch.long, device=zoo.device)
+    took = measure(lambda: model(input_ids=ids), config, zoo.device)
+    print(f"{cls.__name__:35}{took}", flush=True)
+    return took.median
 
 
 def measure_pictures(config: Config, zoo: Zoo, found: dict) -> None:
@@ -686,29 +699,23 @@ def measure_pictures(config: Config, zoo: Zoo, found: dict) -> None:
     for case, form, label in cases_of(config, zoo.device):
         if zoo.late(label):
             continue
-        model, autoencoder = zoo.transformer(case, form), zoo.autoencoder(case)
-        seconds, measured = picture_seconds(case, model, autoencoder, config, zoo)
-        base = base_of(case)
-        over = ratio(rows.get(f"{base.name} {base.size}", {}).get("seconds"), seconds)
-        paper = f"{case.paper:10.2f}{base.paper / case.paper:7.1f}" if case.paper else ""
-        print(
-            f"{label:27}{'' if measured else '~'}{seconds:9.3f}{over or 0:7.1f}{paper}",
-            flush=True,
-        )
-        rows[label] = {"seconds": seconds, "measured": measured, "over_base": over,
-                       "paper": case.paper}  # fmt: skip
+        with zoo.room(label):
+            seconds, measured = picture_seconds(case, form, config, zoo)
+            base = base_of(case)
+            over = ratio(rows.get(f"{base.name} {base.size}", {}).get("seconds"), seconds)
+            paper = f"{case.paper:10.2f}{base.paper / case.paper:7.1f}" if case.paper else ""
+            told = f"{'' if measured else '~'}{seconds:9.3f}{over or 0:7.1f}{paper}"
+            print(f"{label:27}{told}", flush=True)
+            rows[label] = {"seconds": seconds, "measured": measured, "over_base": over,
+                           "paper": case.paper}  # fmt: skip
     zoo.kept = {}
 
 
 def picture_seconds(
-    case: Case,
-    model: nn.Module,
-    autoencoder: nn.Module,
-    config: Config,
-    zoo: Zoo,
-    batch: int = 1,
+    case: Case, form: str, config: Config, zoo: Zoo, batch: int = 1
 ) -> tuple[float, bool]:
     """(seconds, measured): what would take long is extrapolated from its parts."""
+    model, autoencoder = zoo.transformer(case, form), zoo.autoencoder(case)
     noise, cond, guidance, null = inputs = zoo.inputs(case, batch)
     decode = decode_call(autoencoder, zoo.random(batch, *case.latents[1:]), config)
     with prepared(model, config, zoo.device), torch.no_grad():
@@ -725,7 +732,7 @@ def picture_seconds(
         def picture() -> Tensor:
             how = (guidance, null, solver, None, stepper)
             latents = sample.sample(model, cond, noise, sigmas, *how)
-            return autoencoder.decode(latents.to(memory_format=memory_format(config)))
+            return autoencoder.decode(latents.contiguous(memory_format=torch.channels_last))
 
         took = measure(picture, config, zoo.device).median / 1000
         if stepper:
@@ -742,13 +749,13 @@ def measure_throughput(config: Config, zoo: Zoo, found: dict) -> None:
         label = f"{case.name} {case.size}"
         if case.size != 1024 or zoo.late(f"throughput {label}"):
             continue
-        model, autoencoder = zoo.transformer(case), zoo.autoencoder(case)
-        seconds, measured = picture_seconds(case, model, autoencoder, config, zoo, config.batch)
-        rate, base = 60 * config.batch / seconds, base_of(case)
-        over = ratio(rate, rows.get(f"{base.name} {base.size}", {"a_minute": rate})["a_minute"])
-        rows[label] = {"a_minute": rate, "over_base": over, "paper": case.paper_rate}
-        paper = f"{case.paper_rate:10.1f}{case.paper_rate / base.paper_rate:7.1f}"
-        print(f"{label:27}{'' if measured else '~'}{rate:10.1f}{over:7.1f}{paper}", flush=True)
+        with zoo.room(f"throughput {label}"):
+            seconds, measured = picture_seconds(case, "", config, zoo, config.batch)
+            rate, base = 60 * config.batch / seconds, base_of(case)
+            over = ratio(rate, rows.get(f"{base.name} {base.size}", {"a_minute": rate})["a_minute"])
+            rows[label] = {"a_minute": rate, "over_base": over, "paper": case.paper_rate}
+            paper = f"{case.paper_rate:10.1f}{case.paper_rate / base.paper_rate:7.1f}"
+            print(f"{label:27}{'' if measured else '~'}{rate:10.1f}{over:7.1f}{paper}", flush=True)
     zoo.kept = {}
 
 
@@ -758,10 +765,6 @@ def ratio(value: float | None, unit: float) -> float | None:
 
 def base_of(case: Case) -> Case:
     return next(c for c in CASES if (c.family, c.size, c.base) == (case.family, case.size, True))
-
-
-def memory_format(config: Config) -> torch.memory_format:
-    return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
 # ---- the ladder
@@ -779,21 +782,26 @@ def measure_ladder(config: Config, zoo: Zoo, found: dict) -> None:
     for case in cases:
         if zoo.late(f"ladder {case.size}"):
             return
-        model, inputs = zoo.transformer(case), zoo.inputs(case)
-        print(f"\nladder, DC-Gen-FLUX {case.size}        {'ms':>9}   p10-p90              n  error")
-        truth = in_fp32(model, lambda: one_step(model, inputs, off)[0]())
-        for form in formats(config, zoo.device):
-            model = zoo.transformer(case, form)
-            last = {f"+ {form.upper()} linears": rungs["+ CUDA graph"]}
-            for name, rung in (last if form else rungs).items():
-                with prepared(model, rung, zoo.device), torch.no_grad():
-                    call, done = one_step(model, inputs, rung)
-                    error, took = relative(call(), truth), measure(call, config, zoo.device)
-                    done()
-                kind = "lossy" if form else "lossless"
-                print(f"{name:28}{took}  {error:.2e} {kind}", flush=True)
-                rows[f"{case.size} {name}"] = {"ms": took.median, "error": error, "kind": kind}
+        with zoo.room(f"ladder {case.size}"):
+            climb(case, rungs, config, zoo, rows)
         zoo.kept = {}
+
+
+def climb(case: Case, rungs: dict[str, Config], config: Config, zoo: Zoo, rows: dict) -> None:
+    model, inputs = zoo.transformer(case), zoo.inputs(case)
+    print(f"\nladder, DC-Gen-FLUX {case.size}        {'ms':>9}   p10-p90              n  error")
+    truth = in_fp32(model, lambda: one_step(model, inputs, rungs["eager"])[0]())
+    for form in formats(config, zoo.device):
+        model = zoo.transformer(case, form)
+        last = {f"+ {form.upper()} linears": rungs["+ CUDA graph"]}
+        for name, rung in (last if form else rungs).items():
+            with prepared(model, rung, zoo.device), torch.no_grad():
+                call, done = one_step(model, inputs, rung)
+                error, took = relative(call(), truth), measure(call, config, zoo.device)
+                done()
+            kind = "lossy" if form else "lossless"
+            print(f"{name:28}{took}  {error:.2e} {kind}", flush=True)
+            rows[f"{case.size} {name}"] = {"ms": took.median, "error": error, "kind": kind}
 
 
 @torch.no_grad()
@@ -806,7 +814,8 @@ def in_fp32(model: nn.Module, call: Callable[[], Tensor]) -> Tensor:
     hooks += [block.register_forward_hook(lambda b, *_: b.to(dtype) and None) for block in blocks]
     for module in others:
         module.float()
-    truth = call().clone()
+    with exactly():
+        truth = call().clone()
     for module in others:
         module.to(dtype)  # exact: these values came from there
     for hook in hooks:
@@ -831,16 +840,17 @@ def measure_diffusers(config: Config, zoo: Zoo, found: dict) -> None:
         label = f"{case.name} {case.size}"
         if case.family != "flux" or zoo.late(f"diffusers {label}"):
             continue
-        step = measure(diffusers_step(case, zoo), config, zoo.device)
-        torch.cuda.empty_cache()
-        decode = measure(diffusers_decode(case, zoo), config, zoo.device)
-        torch.cuda.empty_cache()
-        seconds = (config.steps * step.median + decode.median) / 1000
-        rows[label] = {"step_ms": step.median, "decode_ms": decode.median, "seconds": seconds}
-        ours = found.get("picture", {}).get(label, {}).get("seconds")
-        fast = f", ours {ours:.2f} s" if ours else ""
-        print(f"{label:28}{step}  step\n{'':28}{decode}  decode\n{'':28}~{seconds:8.2f} s for "
-              f"{config.steps} steps{fast}", flush=True)  # fmt: skip
+        with zoo.room(f"diffusers {label}"):
+            step = measure(diffusers_step(case, zoo), config, zoo.device)
+            torch.cuda.empty_cache()
+            decode = measure(diffusers_decode(case, zoo), config, zoo.device)
+            torch.cuda.empty_cache()
+            seconds = (config.steps * step.median + decode.median) / 1000
+            rows[label] = {"step_ms": step.median, "decode_ms": decode.median, "seconds": seconds}
+            ours = found.get("picture", {}).get(label, {}).get("seconds")
+            fast = f", ours {ours:.2f} s" if ours else ""
+            print(f"{label:28}{step}  step\n{'':28}{decode}  decode\n{'':28}~{seconds:8.2f} s for "
+                  f"{config.steps} steps{fast}", flush=True)  # fmt: skip
     stock = rows.get("FLUX 4096", {}).get("seconds")
     for label in ("DC-Gen-FLUX 4096", "DC-Gen-FLUX 4096 FP8"):
         ours = found.get("picture", {}).get(label, {}).get("seconds")
@@ -965,16 +975,18 @@ def measure_training(config: Config, zoo: Zoo, found: dict) -> None:
           f"{'useful':>8}{'peak GiB':>10}")  # fmt: skip
     for case in (case for case in chosen(config) if not case.base):
         for stage in ("align", "lora"):
-            if zoo.late(f"{stage} {case.name} {case.size}"):
+            label = f"{stage} {case.name} {case.size}"
+            if zoo.late(label):
                 continue
-            row = training_row(config, zoo, case, stage)
-            row |= {"share": row["tflops"] / found["gemm_tflops"]}
-            row |= {"useful": row["useful_tflops"] / found["gemm_tflops"]}
-            found["train"].append(row)
-            print(f"{stage:6}{case.name:13}{case.size:10}{row['trained'] / 1e6:7.0f} M"
-                  f"{row['seconds']:10.3f}{row['pictures_per_s']:12.2f}{row['tflops']:9.0f}"
-                  f"{row['share']:7.0%}{row['useful']:8.0%}{row['peak_gib']:10.1f}",
-                  flush=True)  # fmt: skip
+            with zoo.room(label):
+                row = training_row(config, zoo, case, stage)
+                row |= {"share": row["tflops"] / found["gemm_tflops"]}
+                row |= {"useful": row["useful_tflops"] / found["gemm_tflops"]}
+                found["train"].append(row)
+                print(f"{stage:6}{case.name:13}{case.size:10}{row['trained'] / 1e6:7.0f} M"
+                      f"{row['seconds']:10.3f}{row['pictures_per_s']:12.2f}{row['tflops']:9.0f}"
+                      f"{row['share']:7.0%}{row['useful']:8.0%}{row['peak_gib']:10.1f}",
+                      flush=True)  # fmt: skip
     print("share: of the plain products; useful: the same without what is computed a second time")
 
 
@@ -1048,6 +1060,12 @@ def training_steps(
 
 # ---- main
 
+MEASURES = {
+    "rates": measure_rates, "attention": measure_attention, "kernels": measure_kernels,
+    "step": measure_steps, "decode": measure_decodes, "text": measure_text,
+    "picture": measure_pictures, "throughput": measure_throughput, "ablate": measure_ladder,
+}  # fmt: skip
+
 
 def about(device: torch.device) -> dict:
     """What the figures were measured on, and of which commit."""
@@ -1066,31 +1084,33 @@ def about(device: torch.device) -> dict:
 def main() -> None:
     config = weights.parse_config(Config, __doc__)
     device = training.start(config.device)
-    torch.backends.cudnn.benchmark = config.search
     parts = [part for part in config.only.split(",") if part]
-    if unknown := [part for part in parts if part not in PARTS]:
-        raise UserError(f"--only {','.join(unknown)}: wanted some of {','.join(PARTS)}")
+    if unknown := [part for part in parts if part not in MEASURES]:
+        raise UserError(f"--only {','.join(unknown)}: wanted some of {','.join(MEASURES)}")
+    for name in ("steps", "batch", "train_batch", "micro_batch"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: wanted 1 or more")
     if config.baseline not in ("", "diffusers"):
         raise UserError(f"--baseline {config.baseline!r}: wanted diffusers")
     if device.type != "cuda" and (parts or config.baseline or config.train):
         raise UserError(
             f"--only, --baseline and --train measure a GPU, here is {device}: leave them out"
         )
-    dtype = weights.pick_dtype(config.dtype) if device.type == "cuda" else torch.float32
-    zoo = Zoo(device, dtype, config.limit, config.weights)
+    dtype = weights.pick_dtype(config.dtype)
+    if dtype == torch.float32:
+        raise UserError("--dtype fp32: wanted bf16 or fp16; a CPU measures the toy in fp32")
+    chosen(config), formats(config, device)  # what is wrong with them is told now
+    zoo = Zoo(
+        device, dtype if device.type == "cuda" else torch.float32, config.limit, config.weights
+    )
     found = {"stage": "bench", **about(device)}
     print("bench | " + " | ".join(f"{key} {value}" for key, value in found.items() if value))
-    chosen(config)
+    found["config"] = asdict(config)
     if config.train:
         measure_training(config, zoo, found)
     elif device.type == "cuda":
-        measures = {
-            "rates": measure_rates, "attention": measure_attention, "kernels": measure_kernels,
-            "step": measure_steps, "decode": measure_decodes, "text": measure_text,
-            "picture": measure_pictures, "throughput": measure_throughput, "ablate": measure_ladder,
-        }  # fmt: skip
-        for part in parts or PARTS:
-            measures[part](config, zoo, found)
+        for part in parts or MEASURES:
+            MEASURES[part](config, zoo, found)
             torch.cuda.empty_cache()
         if config.baseline:
             measure_diffusers(config, zoo, found)

@@ -404,7 +404,7 @@ class Store:
         return places
 
     def lacks(self, keys: Sequence[str]) -> list[int]:
-        """Which of them are not there; of equal ones the first, for two processes may share them."""
+        """Which of them are not there; of equal ones the first: two processes may share it."""
         places, first = self.files(), {}
         for i, key in enumerate(keys):
             first.setdefault(key, i)

@@ -292,7 +292,7 @@ def open_encoder(
 def cache_keys(
     kind: str, source: str, dtype: torch.dtype, prompts: list[tuple[str, bool]]
 ) -> dict[tuple[str, bool], str]:
-    """Names of results by all that they depend on; a local encoder by its files' sizes and dates."""
+    """Names of results, by all that they depend on: a local encoder by its sizes and dates."""
     files = [file for part in PARTS for file in Path(source).glob(part) if file.is_file()]
     facts = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)
     about = repr((kind, source, dtype, facts))

@@ -112,6 +112,33 @@ def test_every_part_that_a_cpu_can_run_fills_its_table(small, capsys):
     assert "DC-Gen-FLUX 1024" in capsys.readouterr().out and small.left_out == []
 
 
+def test_what_does_not_fit_is_named_and_the_rest_measured(small, monkeypatch):
+    transformer = small.transformer
+
+    def greedy(case, form=""):
+        if case.name == "FLUX":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return transformer(case, form)
+
+    monkeypatch.setattr(small, "transformer", greedy)
+    found = {}
+    bench.measure_steps(CONFIG, small, found)
+    bench.measure_pictures(CONFIG, small, found)
+    assert list(found["step"]) == list(found["picture"]) == ["DC-Gen-FLUX 1024", "SANA 1024"]
+    assert small.left_out == ["FLUX 1024 (out of memory)"] * 2
+
+
+def test_fp32_is_fp32_where_tf32_is_allowed():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with bench.exactly():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_the_floor_is_operations_over_rates(small):
     found = {"rates": {"bfloat16": {"1536": 2.0, "4608": 4.0}, "fp8": {"1536": 8.0, "4608": 8.0}}}
     found["attention"] = {"a": {"1536": 1.0, "4608": 3.0}, "b": {"1536": 2.0, "4608": 1.0}}
