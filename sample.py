@@ -491,6 +491,9 @@ def known_before(
     embedded = model.t_embedder(torch.stack(sinusoids))  # (S, B, D)
     once = {model.y_embedder: text, model.attention_y_norm: text}
     once |= {block.cross_attn.kv_linear: block.cross_attn.kv_linear(text) for block in model.blocks}
+    if model.pos_embedder is not None:
+        grid = (noise.shape[2] // model.patch_size, noise.shape[3] // model.patch_size)
+        once[model.pos_embedder] = model.pos_embedder(grid, device)
     return once, {model.t_embedder: embedded, model.t_block: model.t_block(embedded)}
 
 

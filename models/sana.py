@@ -86,6 +86,17 @@ def position_table(
     return torch.cat((angle.sin(), angle.cos()), dim=-1).flatten(1).float()  # (N, D)
 
 
+class PositionEmbedder(nn.Module):
+    """`position_table` as a part of the model: no step of a sampler changes it."""
+
+    def __init__(self, width: int, base_size: int, scale: float):
+        super().__init__()
+        self.width, self.base_size, self.scale = width, base_size, scale
+
+    def forward(self, grid: tuple[int, int], device: torch.device) -> Tensor:
+        return position_table(grid, self.width, self.base_size, self.scale, device)
+
+
 # ---- parts of a block
 
 
@@ -300,6 +311,10 @@ class Sana(nn.Module):
 
         patch = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
         self.x_embedder = named(proj=patch)
+        self.pos_embedder = None
+        if interpolation_scale is not None:
+            size = sample_size // patch_size
+            self.pos_embedder = PositionEmbedder(width, size, interpolation_scale)
         self.t_embedder = named(
             mlp=nn.Sequential(
                 nn.Linear(SINUSOID_CHANNELS, width), nn.SiLU(), nn.Linear(width, width)
@@ -357,11 +372,8 @@ class Sana(nn.Module):
         )
         grid = (height // p, width // p)
         hidden = self.embed(noisy_latents.to(dtype))  # (B, N, D)
-        scale = self.config["interpolation_scale"]
-        if scale is not None:
-            size, device = self.config["sample_size"] // p, hidden.device
-            hidden = hidden + position_table(grid, hidden.shape[2], size, scale, device).to(dtype)
-
+        if self.pos_embedder is not None:
+            hidden = hidden + self.pos_embedder(grid, hidden.device).to(dtype)
         text = self.attention_y_norm(self.y_embedder(text.to(dtype)))  # (B, L, D)
         text_bias = PADDED * (1 - text_mask.to(dtype))[:, None, None]  # (B, 1, 1, L)
         embedded = self.t_embedder(sinusoid(milliseconds(timestep)).to(dtype))  # (B, D)

@@ -66,8 +66,10 @@ class ToyText(nn.Module):
         )
         self.vocabulary, self.length = list(vocabulary), length
         self.cut = {}  # a prompt that is too long is an error here
-        self.words = nn.Embedding(len(vocabulary), width)
-        self.positions = nn.Parameter(torch.randn(length, width) * 0.02)
+        # Drawn on the CPU: on the meta device torch loads its compiler for that, for seconds.
+        words = torch.randn(len(vocabulary), width, device="cpu")
+        self.words = nn.Embedding.from_pretrained(words, freeze=False)
+        self.positions = nn.Parameter(torch.randn(length, width, device="cpu") * 0.02)
         layer = nn.TransformerEncoderLayer(
             width,
             heads,

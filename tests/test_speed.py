@@ -6,7 +6,7 @@ from torch import nn
 
 import lora
 import sample
-from models import flux, kernels
+from models import flux, kernels, sana
 from models.flux import Flux
 from models.sana import Sana
 
@@ -43,17 +43,21 @@ def make_flux() -> tuple:
     return ready(model), (normal(2, 7, 12), normal(2, 10)), 3.5, None, "euler"
 
 
-def make_sana() -> tuple:
+def make_sana(**changes) -> tuple:
     torch.manual_seed(0)  # some random models turn a change of 1e-7 into one of 2e-4
     model = Sana(
         in_channels=8, out_channels=8, num_layers=2, num_attention_heads=2, attention_head_dim=16,
         num_cross_attention_heads=2, cross_attention_head_dim=16, cross_attention_dim=32,
-        caption_channels=24, sample_size=4, qk_norm="rms_norm_across_heads",
+        caption_channels=24, sample_size=4, qk_norm="rms_norm_across_heads", **changes,
     )  # fmt: skip
     lengths = torch.tensor([[3], [7]], device=DEVICE)
     mask = torch.arange(7, device=DEVICE) < lengths
     cond, null = (normal(2, 7, 24), mask), (normal(2, 7, 24, seed=1), ~mask)
     return ready(model), cond, 4.5, null, "dpm"
+
+
+def make_sana_2k() -> tuple:
+    return make_sana(interpolation_scale=1.0)
 
 
 def run(made: tuple, stepper: sample.Stepper | None, seed: int = 0, steps: int = STEPS):
@@ -64,7 +68,7 @@ def run(made: tuple, stepper: sample.Stepper | None, seed: int = 0, steps: int =
     return sample.sample(model, cond, noise, sigmas, guidance, null, solver, None, stepper)
 
 
-@pytest.mark.parametrize("make", [make_flux, make_sana])
+@pytest.mark.parametrize("make", [make_flux, make_sana, make_sana_2k])
 def test_what_is_computed_before_the_first_step_changes_nothing(make):
     made = make()
     expected, other = run(made, None), run(made, None, seed=1, steps=2)
@@ -73,6 +77,13 @@ def test_what_is_computed_before_the_first_step_changes_nothing(make):
         assert torch.allclose(run(made, stepper), expected, rtol=1e-5, atol=1e-5)
         assert torch.allclose(run(made, stepper, 1, 2), other, rtol=1e-5, atol=1e-5)
     assert torch.equal(run(made, None), expected)  # and leaves no trace
+
+
+def test_the_positions_are_hoisted(monkeypatch):
+    made, tables, table = make_sana_2k(), [], sana.position_table
+    monkeypatch.setattr(sana, "position_table", lambda *how: tables.append(how) or table(*how))
+    run(made, sample.Stepper(made[0], graph=False))
+    assert len(tables) == 1
 
 
 @pytest.mark.parametrize("make", [make_flux, make_sana])
