@@ -10,6 +10,7 @@ Source  The architecture of Rombach et al., arXiv 2112.10752, with the widths, n
 """
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,51 +110,26 @@ class Upsample(nn.Module):
         return self.conv(self.ops.double_pixels(hidden))
 
 
-class DownLevel(nn.Module):
-    def __init__(self, width: int, new_width: int, depth: int, groups: int, last: bool):
-        super().__init__()
-        self.block = nn.Sequential(
-            *(ResnetBlock(width if j == 0 else new_width, new_width, groups) for j in range(depth))
-        )
-        self.downsample = nn.Identity() if last else Downsample(new_width)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.downsample(self.block(hidden))
-
-
-class UpLevel(nn.Module):
-    def __init__(self, width: int, new_width: int, depth: int, groups: int, last: bool):
-        super().__init__()
-        self.block = nn.Sequential(
-            *(ResnetBlock(width if j == 0 else new_width, new_width, groups) for j in range(depth))
-        )
-        self.upsample = nn.Identity() if last else Upsample(new_width)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.upsample(self.block(hidden))
+def level(width: int, new_width: int, depth: int, groups: int, **step: nn.Module) -> nn.Sequential:
+    """(B, width, h, w): `depth` blocks to the new width, then the named step to another grid."""
+    widths = [width] + [new_width] * (depth - 1)
+    blocks = nn.Sequential(*(ResnetBlock(old, new_width, groups) for old in widths))
+    return nn.Sequential(OrderedDict(block=blocks, **step))
 
 
 class Encoder(nn.Module):
-    def __init__(
-        self,
-        in_channels: int,
-        latent_channels: int,
-        widths: list[int],
-        depth: int,
-        groups: int,
-        attention: bool,
-    ):
+    def __init__(self, config: dict):
         super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.down = nn.Sequential(
-            *(
-                DownLevel(widths[max(i - 1, 0)], width, depth, groups, last=i + 1 == len(widths))
-                for i, width in enumerate(widths)
-            )
-        )
-        self.mid = Mid(widths[-1], groups, attention)
+        widths, groups = config["block_out_channels"], config["norm_num_groups"]
+        self.conv_in = nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
+        self.down = nn.Sequential()
+        for i, width in enumerate(widths):
+            step = Downsample(width) if i + 1 < len(widths) else nn.Identity()
+            sizes = (widths[max(i - 1, 0)], width, config["layers_per_block"], groups)
+            self.down.append(level(*sizes, downsample=step))
+        self.mid = Mid(widths[-1], groups, config["mid_block_add_attention"])
         self.norm_out = nn.GroupNorm(groups, widths[-1], NORM_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config["latent_channels"], 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W)
         hidden = self.mid(self.down(self.conv_in(images)))  # (B, widths[-1], h, w)
@@ -165,29 +141,24 @@ class Decoder(nn.Module):
 
     ops = PLAIN
 
-    def __init__(
-        self,
-        out_channels: int,
-        latent_channels: int,
-        widths: list[int],
-        depth: int,
-        groups: int,
-        attention: bool,
-    ):
+    def __init__(self, config: dict):
         super().__init__()
-        self.conv_in = nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
-        self.mid = Mid(widths[-1], groups, attention)
-        self.up = nn.ModuleList(
-            UpLevel(widths[min(i + 1, len(widths) - 1)], width, depth, groups, last=i == 0)
-            for i, width in enumerate(widths)
-        )
+        widths, groups = config["block_out_channels"], config["norm_num_groups"]
+        self.conv_in = nn.Conv2d(config["latent_channels"], widths[-1], 3, padding=1)
+        self.mid = Mid(widths[-1], groups, config["mid_block_add_attention"])
+        self.up = nn.ModuleList()
+        for i, width in enumerate(widths):
+            step = Upsample(width) if i > 0 else nn.Identity()
+            wider = widths[min(i + 1, len(widths) - 1)]
+            sizes = (wider, width, config["layers_per_block"] + 1, groups)
+            self.up.append(level(*sizes, upsample=step))
         self.norm_out = nn.GroupNorm(groups, widths[0], NORM_EPS)
-        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], config["out_channels"], 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:  # (B, C, h, w)
         hidden = self.mid(self.conv_in(latents))
-        for level in reversed(self.up):
-            hidden = level(hidden)  # (B, widths[0], H, W) at the end
+        for resolution in reversed(self.up):
+            hidden = resolution(hidden)  # (B, widths[0], H, W) at the end
         return self.conv_out(self.ops.norm_act(self.norm_out, F.silu, hidden))  # (B, 3, H, W)
 
 
@@ -212,22 +183,8 @@ class FluxVAE(nn.Module):
         self.latent_channels, self.scaling_factor = latent_channels, scaling_factor
         self.shift_factor = shift_factor or 0.0
         self.stride = 2 ** (len(block_out_channels) - 1)
-        self.encoder = Encoder(
-            in_channels,
-            latent_channels,
-            block_out_channels,
-            layers_per_block,
-            norm_num_groups,
-            mid_block_add_attention,
-        )
-        self.decoder = Decoder(
-            out_channels,
-            latent_channels,
-            block_out_channels,
-            layers_per_block + 1,
-            norm_num_groups,
-            mid_block_add_attention,
-        )
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
 
     @classmethod
     def from_pretrained(
