@@ -118,7 +118,10 @@ def open_source(config, size: int, factor: int, out: Path, device: torch.device)
             )
         source = toy.Source(config.scenes, seed=1000 + config.seed, device=device)
     if len(source) < data.FEWEST:
-        raise UserError(f"{len(source)} pictures; at least {data.FEWEST} are needed to train")
+        where = "in --data" if config.data else "--scenes"
+        raise UserError(
+            f"{len(source)} pictures; at least {data.FEWEST} are needed to train, {where}"
+        )
     return source
 
 
@@ -456,7 +459,7 @@ def compare_autoencoders(
     size = [min(side, 512) for side in images.shape[2:]]
     labels = [pictures.captions[i] for i in pictures.caption[rows]]
     shown = {name: sample.crop(column, size) for name, column in columns.items()}
-    sample.contact_sheet(shown, labels).save(path)
+    sample.save_sheet(path, shown, labels)
     rest = list(columns.items())[1:]
     return {name: dcae.psnr(column.clamp(-1, 1), images) for name, column in rest}
 
@@ -504,8 +507,7 @@ def watch(stage: str, model, autoencoder, spec, shift, pictures, out: Path, devi
             with run.averaged():
                 images, captions = preview(model, autoencoder, spec, shift, pictures, device)
             path = out / "previews" / f"{stage}-{step:06d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sample.contact_sheet({f"{stage}, step {step}": images}, captions).save(path)
+            sample.save_sheet(path, {f"{stage}, step {step}": images}, captions)
         training.wait_for_all()
 
     return draw
@@ -631,7 +633,7 @@ def run(config: Config, out: Path, device: torch.device) -> None:
         shown, labels = preview(model, autoencoder, spec, shift, pictures, device)
         images = {"aligned": shown}
     files = [saved, out / "align.png", *files]
-    sample.contact_sheet(images, labels).save(files[1])
+    sample.save_sheet(files[1], images, labels)
     files = [str(file) for file in files]
 
     print(f"\nstage 1 explains {share:.1%} of the pooled base embedding (held out)")

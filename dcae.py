@@ -48,13 +48,16 @@ from models.weights import (
     pick_device,
     pick_dtype,
     run,
+    write_whole,
 )
 
 
 @dataclass(frozen=True)
 class Config:
     image: str  # any photo: rotated by its EXIF tag, alpha over white, CMYK, 16 bit, odd sizes
-    model: str = "dc-ae-f32c32-toy"  # a preset, a file, a folder or a hub id
+    model: str = (
+        "dc-ae-f32c32-toy"  # knows the toy's scenes alone; a preset, file, folder or hub id
+    )
     weights: str | None = None  # a folder to look in instead of the hub
     out: str = "runs/dcae.png"  # original | reconstruction | 4 x difference
     device: str = ""  # cuda, then mps, then cpu
@@ -677,10 +680,9 @@ def main() -> None:
     difference = 4 * (decoded - image).abs() - 1  # black where equal
     out = Path(config.out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        to_pil(torch.cat([image, decoded, difference], -1)[0]).save(out)
+        write_whole(out, to_pil(torch.cat([image, decoded, difference], -1)[0]).save)
     except (OSError, ValueError) as error:
-        raise UserError(f"{out} cannot be written ({error}): pass --out picture.png") from None
+        raise UserError(f"{out} cannot be written ({error}): wanted room, and a .png") from None
 
     figures = {
         "psnr": round(psnr(image, decoded), 2),
@@ -693,6 +695,7 @@ def main() -> None:
             **figures
         )
     )
+    print(f"saved  {out}: original | reconstruction | 4 x difference")
     print(json.dumps(figures | {"model": config.model, "image": config.image, "out": config.out}))
 
 

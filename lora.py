@@ -343,7 +343,7 @@ def run(config: Config, spec: dict, out: Path, device: torch.device) -> None:
         shown, labels = preview(model, autoencoder, spec, shift, pictures, device)
         images = {"+ LoRA": shown}
     files = [str(saved), str(out / "lora.png")]
-    sample.contact_sheet(images, labels).save(files[1])
+    sample.save_sheet(out / "lora.png", images, labels)
 
     print(
         "\nstep  held-out flow loss\n" + "\n".join(f"{step:5d}  {loss:.3f}" for step, loss in curve)

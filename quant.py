@@ -789,7 +789,7 @@ def report(
     figures = compare(images, layers, tasks)
     files = [str(saved), str(saved.with_suffix(".png"))]
     sheet = {way: rows[:6].float() for way, rows in images.items()}
-    sample.contact_sheet(sheet, shown[:6]).save(files[1])
+    sample.save_sheet(saved.with_suffix(".png"), sheet, shown[:6])
     print(f"\nsaved  {'  '.join(files)}\nnext   python sample.py --model {saved}")
     facts = dict(stage="quant", model=config.model, format=config.format, figures=figures)
     size = saved.stat().st_size

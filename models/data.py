@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models import text, training
-from models.weights import UserError, open_checkpoint, save, write_text
+from models.weights import UserError, open_checkpoint, save, write_whole
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # no others are tried: exotic decoders are where holes are
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -250,7 +250,8 @@ class Seen:
         """Kept when a scan is interrupted, too."""
         if self.notes:
             with contextlib.suppress(OSError):  # no room: the next scan takes longer
-                write_text(self.notes, json.dumps({"rules": RULES, "files": self.rows}))
+                told = json.dumps({"rules": RULES, "files": self.rows})
+                write_whole(self.notes, lambda path: path.write_text(told))
 
 
 def inspect(path: Path, shapes: Sequence[tuple[int, int]], seen: Seen) -> Look:

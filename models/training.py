@@ -480,7 +480,8 @@ class Metrics:
                 self.rows.append(row)
             if is_past or not is_ours:
                 kept.append(line)
-        weights.write_text(path, "".join(line + "\n" for line in kept))
+        text = "".join(line + "\n" for line in kept)
+        weights.write_whole(path, lambda file: file.write_text(text))
 
     def add(self, step: int, **figures) -> None:
         row = {"stage": self.stage, "step": step, **figures}

@@ -389,7 +389,10 @@ def build(cls: type[nn.Module], config: dict | None, path: Path) -> nn.Module:
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     unknown = [key for key in config if key not in inspect.signature(cls).parameters]
     if unknown:
-        raise UserError(f"config of {path}: {cls.__name__} has no {', '.join(unknown[:5])}")
+        raise UserError(
+            f"config of {path}: {cls.__name__} has no {', '.join(unknown[:5])}: wanted the weights "
+            f"of a {cls.__name__}"
+        )
     try:
         with torch.device("meta"):
             return cls(**config)
@@ -562,12 +565,15 @@ def save(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str])
         raise UserError(f"{path} not written ({error}); what was there before is intact") from None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Notes that may be lost, but not half written."""
-    partial = path.with_name(f".tmp-{path.name}")
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """A file that is not half written: write(temporary), which then takes the name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(text)
-    partial.replace(path)
+    partial = path.with_name(f".tmp-{path.name}")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -105,8 +105,7 @@ def test_the_merged_folder_opens_in_diffusers(tmp_path, monkeypatch, kind):
     torch.testing.assert_close(others, ours, rtol=1e-4, atol=1e-4)
     assert ours.std() > 0.1
     again = type(model).from_pretrained(
-        tmp_path / "out" / "transformer",
-        config=model.config,
+        tmp_path / "out" / "transformer", config=model.config
     )  # and in ours
     torch.testing.assert_close(again(*args), ours)
 

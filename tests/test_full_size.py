@@ -172,13 +172,7 @@ def tile_times(layer) -> dict[str, float]:
 @pytest.mark.parametrize("tokens", [4608, 1536])
 @pytest.mark.parametrize(
     "k, n, rank",
-    [
-        (3072, 9216, 32),
-        (3072, 12288, 32),
-        (12288, 3072, 32),
-        (3072, 21504, 64),
-        (15360, 3072, 64),
-    ],
+    [(3072, 9216, 32), (3072, 12288, 32), (12288, 3072, 32), (3072, 21504, 64), (15360, 3072, 64)],
 )
 def test_quantized_layers_of_flux_are_right_and_timed(tokens, k, n, rank):
     """Right: near the definition. The times beside bf16 and FP8 are printed, not judged."""

@@ -82,8 +82,7 @@ def tiny_tokenizer(bos: str | None, length: int):
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("", "isolated")]
     )
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A <eos>" if bos else "$A <eos>",
-        special_tokens=[("<bos>", 1), ("<eos>", 2)],
+        single=f"{bos} $A <eos>" if bos else "$A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
