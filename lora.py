@@ -2,9 +2,10 @@
 
 What    python lora.py, after python align.py. Trains a low-rank addition to every linear layer
         of the blocks, with the aligned embedder and head, until pictures are the base's again.
-Why     Aligned doors alone give the right subject, coarsely: the blocks still work on features of
-        the old latents' statistics. They need to move a little, and must not forget. A low-rank
-        update moves them a little by construction, and leaves the base's weights as they are.
+Why     Aligned doors alone give the paper's models the right subject, coarsely, and the toy blobs:
+        the blocks still work on features of the old latents' statistics. They need to move a
+        little, and must not forget. A low-rank update moves them a little by construction, and
+        leaves the base's weights as they are.
 How     y = W x + b + alpha / r * B (A x),   A (r, in) random, B (out, r) zero                  (1)
         so training starts at the aligned model. The loss is align.py's: flow matching on the
         velocity recovered from the guidance-distilled model, align.py eq. (2) and (3). Merging,
