@@ -565,42 +565,48 @@ def print_estimate(model: nn.Module, grid: tuple[int, int], config, steps: int, 
     print(training.estimate(cost(model, grid), model, config, steps, device))
 
 
+def rehearse(config: Config, device: torch.device) -> dict:
+    """What sample.describe says of the new model, on the meta device, without memory: do the parts
+    fit together, and on this machine?"""
+    spec, base, old = sample.load_pipeline(config.model, "", config.weights, "meta")
+    new = sample.load_autoencoder(config.autoencoder, config.weights, "meta", torch.float32)
+    size = config.resolution or spec["size"]
+    factors = [old.stride * base.patch_size, new.stride]  # pixels a side that a token covers
+    training.check_size(size, factors)
+    stride = config.position_stride or own_stride(spec, base, old, new)
+    if spec["text"] != "toy":
+        rehearsal = transplant(base, new.latent_channels, stride)
+        choose_trained(rehearsal)
+        print_estimate(rehearsal, (size // new.stride,) * 2, config, config.steps, device)
+    return spec | dict(
+        autoencoder=config.autoencoder, old_autoencoder=spec["autoencoder"], size=size,
+        old_shift=spec.get("shift"), shift=config.shift or own_shift(spec, new, size),
+        factors=factors, position_stride=stride,
+    )  # fmt: skip
+
+
 def run(config: Config, out: Path, device: torch.device) -> None:
     torch.manual_seed(config.seed)
-    # First on the meta device, without memory: do the parts fit together, and on this machine?
-    spec, base, base_autoencoder = sample.load_pipeline(config.model, "", config.weights, "meta")
-    is_toy = spec["text"] == "toy"
+    spec = rehearse(config, device)
+    is_toy, shift = spec["text"] == "toy", spec["shift"]
+    names = [spec["old_autoencoder"], spec["autoencoder"]]
     dtype = training.frozen_dtype(config, device, is_toy)
-    autoencoder = sample.load_autoencoder(config.autoencoder, config.weights, "meta", dtype)
-    size = config.resolution or spec["size"]
-    factors = [base_autoencoder.stride * base.patch_size, autoencoder.stride]
-    training.check_size(size, factors)
-    tokens = [(size // factor) ** 2 for factor in factors]
-    stride = config.position_stride or own_stride(spec, base, base_autoencoder, autoencoder)
-    shift = config.shift or own_shift(spec, autoencoder, size)
-    if not is_toy:
-        grid = (size // factors[1], size // factors[1])
-        rehearsal = transplant(base, autoencoder.latent_channels, stride)
-        choose_trained(rehearsal)
-        print_estimate(rehearsal, grid, config, config.steps, device)
-
-    source = open_source(config, size, math.lcm(*factors), out, device)
-    names = [spec["autoencoder"], config.autoencoder]
+    source = open_source(config, spec["size"], math.lcm(*spec["factors"]), out, device)
     pictures = prepare(config, spec, names, source, out, device, dtype)
     base = sample.load_transformer(spec, config.weights, device, dtype).requires_grad_(False)
     embedder(base).float()  # the target of eq. (1), and a match for the new one's fp32
-    model = transplant(base, autoencoder.latent_channels, stride)
+    old, autoencoder = (sample.load_autoencoder(n, config.weights, device, dtype) for n in names)
+    model = transplant(base, autoencoder.latent_channels, spec["position_stride"])
     choose_trained(model)
     training.ready_blocks(blocks(model), config)
-    autoencoder = sample.load_autoencoder(config.autoencoder, config.weights, device, dtype)
 
     count = sum(p.numel() for p in trained(model).values()) / 1e6
+    tokens = [(spec["size"] // factor) ** 2 for factor in spec["factors"]]
     print(
         f"align | {config.model} -> {config.autoencoder} | {tokens[0]} -> {tokens[1]} tokens | "
         f"{count:.2f} M trained | {len(pictures)} pictures | seed {config.seed} | {device}"
     )
     if training.rank() == 0:
-        old = sample.load_autoencoder(names[0], config.weights, device, dtype)
         files = [out / "autoencoders.png"]
         psnr = compare_autoencoders(source, pictures, old, autoencoder, files[0])
         told = ", ".join(f"through {name} {value:.1f} dB" for name, value in psnr.items())
@@ -617,42 +623,36 @@ def run(config: Config, out: Path, device: torch.device) -> None:
     distances["aligned"] = feature_distance(model, base, pictures, config, device)
 
     saved = out / "align.safetensors"
-    about = spec | {"autoencoder": config.autoencoder, "shift": shift, "size": size}
-    notes = training.header(config, "align", about, model, config.steps)
+    notes = training.header(config, "align", spec, model, config.steps)
     training.save_last(saved, trained(model), notes)
     if training.rank() > 0:
         return
     images, labels, scores = {}, [], {}
     if is_toy:
-        contestants = {
-            "base": (base, old, spec.get("shift")),
-            "aligned": (model, autoencoder, shift),
-        }
+        contestants = {"base": (base, old, spec["old_shift"])}
+        contestants["aligned"] = (model, autoencoder, shift)
         scores, images, labels = show_and_score(contestants, spec, config, device)
     else:
         shown, labels = preview(model, autoencoder, spec, shift, pictures, device)
         images = {"aligned": shown}
     files = [saved, out / "align.png", *files]
     sample.save_sheet(files[1], images, labels)
-    files = [str(file) for file in files]
-
-    print(f"\nstage 1 explains {share:.1%} of the pooled base embedding (held out)")
-    print("held-out flow loss   " + "   ".join(f"{k} {v:.3f}" for k, v in losses.items()))
-    print_distances(distances)
-    print_scores(scores)
-    print(f"\nsaved  {'  '.join(files)}\nnext   python lora.py {training.same_flags(config)}")
-    figures = dict(
-        stage="align",
-        explained=share,
-        held_out_loss=losses,
-        feature_distance=distances,
-        reconstruction=psnr,
-        scores=scores,
-        tokens=tokens,
-        files=files,
-    )
-    print(json.dumps(figures))
+    report(config, dict(
+        stage="align", explained=share, held_out_loss=losses, feature_distance=distances,
+        reconstruction=psnr, scores=scores, tokens=tokens, files=[str(file) for file in files],
+    ))  # fmt: skip
     training.delete_progress(saved)
+
+
+def report(config: Config, figures: dict) -> None:
+    losses = figures["held_out_loss"].items()
+    print(f"\nstage 1 explains {figures['explained']:.1%} of the pooled base embedding (held out)")
+    print("held-out flow loss   " + "   ".join(f"{k} {v:.3f}" for k, v in losses))
+    print_distances(figures["feature_distance"])
+    print_scores(figures["scores"])
+    print(f"\nsaved  {'  '.join(figures['files'])}")
+    print(f"next   python lora.py {training.same_flags(config)}")
+    print(json.dumps(figures))
 
 
 def own_shift(spec: dict, autoencoder: nn.Module, size: int) -> float:

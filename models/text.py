@@ -66,10 +66,12 @@ class ToyText(nn.Module):
         )
         self.vocabulary, self.length = list(vocabulary), length
         self.cut = {}  # a prompt that is too long is an error here
-        # Drawn on the CPU: on the meta device torch loads its compiler for that, for seconds.
-        words = torch.randn(len(vocabulary), width, device="cpu")
+        # Drawn on the CPU, whatever the device: on "meta" torch loads its compiler for that, for
+        # seconds. And by itself: who loads a ToyText draws what they would have drawn without.
+        how = dict(device="cpu", generator=torch.Generator("cpu").manual_seed(0))
+        words = torch.randn(len(vocabulary), width, **how)
         self.words = nn.Embedding.from_pretrained(words, freeze=False)
-        self.positions = nn.Parameter(torch.randn(length, width, device="cpu") * 0.02)
+        self.positions = nn.Parameter(torch.randn(length, width, **how) * 0.02)
         layer = nn.TransformerEncoderLayer(
             width,
             heads,
