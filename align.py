@@ -85,7 +85,7 @@ def settle_autoencoder(config):
     spec = sample.describe(config.model)
     if spec.get("is_run"):
         raise UserError(
-            f"--model {config.model} is a run of ours, which needs its own base: wanted a full "
+            f"--model {config.model} is a run of ours, which needs its base: wanted a full "
             f"model, such as the transformer that `python lora.py --export diffusers` writes"
         )
     own = spec["autoencoder"]
@@ -217,13 +217,14 @@ def transplant(base: nn.Module, latent_channels: int, position_stride: int) -> n
 def own_stride(spec: dict, base: nn.Module, old: nn.Module, new: nn.Module) -> int:
     """Base tokens a side under one new token, as far as its position is concerned.
 
-    The toy's base knows one resolution, whose middle positions are the new tokens' own. Official
-    bases know many, and positions stay plain, as in the paper: spread over 4096 pixels they would
+    The toy's base knows one resolution: a new token sits amid those that it covers. Official bases
+    know many, and positions stay as they are, as in the paper: spread over 4096 pixels they would
     run to 254, and FLUX.1, trained up to 2 megapixels, knows some 90 a side.
     """
+    own = base.config.get("position_stride", 1)
     if spec["text"] != "toy":
-        return 1
-    return max(new.stride // (old.stride * base.patch_size), 1)
+        return own
+    return own * max(new.stride // (old.stride * base.patch_size), 1)
 
 
 def embedder_name(model: nn.Module) -> str:

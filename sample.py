@@ -610,12 +610,11 @@ def describe_weights(path: Path) -> dict:
         return spec | here
     if checkpoint.is_run:
         try:
-            told = {"shift": float, "size": int}  # older runs are of the base's size
-            told = {name: kind(notes[name]) for name, kind in told.items() if name in notes}
-            own = {"autoencoder": notes["autoencoder"], "is_run": True}
-            return describe(notes["base"]) | here | own | told
+            return describe(notes["base"]) | here | own_facts(notes) | {"is_run": True}
         except (KeyError, ValueError) as error:
             raise UserError(f"{path}: its base or autoencoder is not found ({error})") from None
+    if {"base", "autoencoder"} <= told.get("_dc_gen", {}).keys():  # of lora.py --export diffusers
+        return describe(told["_dc_gen"]["base"]) | here | own_facts(told["_dc_gen"])
     for name, shape in checkpoint.shapes.items():
         if name.endswith(("img_in.weight", "x_embedder.weight")):  # FLUX: BFL's name, diffusers'
             if told.get("joint_attention_dim", 4096) != 4096:  # not T5's width
@@ -631,6 +630,12 @@ def describe_weights(path: Path) -> dict:
     fits = {name: config for name, config in configs.items() if config.items() <= told.items()}
     closest = max(fits, key=lambda name: len(fits[name]), default="sana-1.6b")
     return describe(closest) | here
+
+
+def own_facts(notes: dict[str, str]) -> dict:
+    """What a run of ours says of itself that is not its base's; older ones lack the size."""
+    kinds = {"autoencoder": str, "shift": float, "size": int}
+    return {name: kind(notes[name]) for name, kind in kinds.items() if name in notes}
 
 
 def load_pipeline(

@@ -102,7 +102,7 @@ def write(kind: str, run_file: Path, model: nn.Module, folder: Path) -> list[Pat
             tensors[f"transformer.{layer}.lora_A.weight"] = down
             tensors[f"transformer.{layer}.lora_B.weight"] = up
         files.append(save(folder / "pytorch_lora_weights.safetensors", tensors))
-    return [*files, *write_transformer(model, folder / "transformer")]
+    return [*files, *write_transformer(model, run, folder / "transformer")]
 
 
 def save(path: Path, tensors: dict[str, Tensor]) -> Path:
@@ -110,10 +110,16 @@ def save(path: Path, tensors: dict[str, Tensor]) -> Path:
     return path
 
 
-def write_transformer(model: nn.Module, folder: Path) -> list[Path]:
-    """config.json and shards, as diffusers' save_pretrained lays them out."""
+def write_transformer(model: nn.Module, run: Checkpoint, folder: Path) -> list[Path]:
+    """config.json and shards, as diffusers' save_pretrained lays them out.
+
+    What diffusers' config has no word for stands under `_dc_gen`, for sample.py and align.py: its
+    readers pass over a name that begins so.
+    """
     name = "FluxTransformer2DModel" if isinstance(model, Flux) else "SanaTransformer2DModel"
-    config = {k: v for k, v in model.config.items() if k != "position_stride"}
+    told = {k: v for k, v in run.metadata.items() if k in ("base", "autoencoder", "shift", "size")}
+    told["position_stride"] = model.config.get("position_stride", 1)
+    config = {k: v for k, v in model.config.items() if k != "position_stride"} | {"_dc_gen": told}
     for old in folder.glob("diffusion_pytorch_model*"):
         old.unlink()  # more shards of an earlier export, and their index, would be read first
     shards, size = [{}], 0

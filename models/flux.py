@@ -365,6 +365,8 @@ class Flux(nn.Module):
     ) -> "Flux":
         checkpoint, config, run = open_model(path, PRESETS, "transformer", config, weights)
         config = told_by_names(checkpoint.shapes) | (config or {})
+        if exported := config.get("_dc_gen"):  # by lora.py, in diffusers' format
+            config["position_stride"] = exported.get("position_stride", 1)
         model = build(cls, config, checkpoint.path)
         rows = name_rows(model.state_dict(), checkpoint.shapes)
         assign(model, rows, checkpoint, device=device, dtype=dtype, run=run)

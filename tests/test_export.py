@@ -10,6 +10,7 @@ from torch import nn
 
 import align
 import lora
+import sample
 from models import export, weights
 from models.flux import Flux
 from models.sana import Sana
@@ -36,7 +37,7 @@ def finished_run(folder, kind: str, alpha: float = 8.0):
     for p in align.trained(model).values():
         nn.init.normal_(p, std=0.1)
     notes = dict(
-        stage="lora", base=str(folder / "base"), autoencoder="x",
+        stage="lora", base=str(folder / "base"), autoencoder="x", shift="2.5", size="2048",
         config=json.dumps(model.config), alpha=str(alpha),
     )  # fmt: skip
     file = folder / "lora.safetensors"
@@ -104,10 +105,20 @@ def test_the_merged_folder_opens_in_diffusers(tmp_path, monkeypatch, kind):
     print(f"largest difference {(ours - others).abs().max().item():.1e}")
     torch.testing.assert_close(others, ours, rtol=1e-4, atol=1e-4)
     assert ours.std() > 0.1
-    again = type(model).from_pretrained(
-        tmp_path / "out" / "transformer", config=model.config
-    )  # and in ours
+    again = type(model).from_pretrained(tmp_path / "out" / "transformer")  # and in ours
     torch.testing.assert_close(again(*args), ours)
+    spec = sample.describe(str(tmp_path / "out" / "transformer"))
+    assert (spec["autoencoder"], spec["shift"], spec["size"]) == ("x", 2.5, 2048)
+
+
+def test_a_smaller_export_leaves_nothing_of_a_larger_one(tmp_path, monkeypatch):
+    file, model = finished_run(tmp_path, "flux")
+    monkeypatch.setattr(export, "SHARD", 60_000)
+    export.write("diffusers", file, model, tmp_path / "out")
+    monkeypatch.setattr(export, "SHARD", 10**9)
+    written = export.write("diffusers", file, model, tmp_path / "out")
+    there = set((tmp_path / "out" / "transformer").iterdir())
+    assert there == {path for path in written if path.parent.name == "transformer"}
 
 
 @pytest.mark.parametrize("kind", ["flux", "sana"])
