@@ -112,6 +112,10 @@ class Case:
         side = self.latents[2] // (2 if self.autoencoder == "flux-vae" else 1)
         return side * side
 
+    def build(self, device: str = "meta") -> nn.Module:
+        with torch.device(device):
+            return (flux.Flux if self.family == "flux" else sana.Sana)(**self.network)
+
     @property
     def official(self) -> str:
         """The name of its trained weights."""
@@ -224,9 +228,7 @@ class Zoo:
         return model.requires_grad_(False)
 
     def random_transformer(self, case: Case) -> nn.Module:
-        with torch.device("meta"):
-            model = (flux.Flux if case.family == "flux" else sana.Sana)(**case.network)
-        other = next(iter(self.kept.values()), None)
+        model, other = case.build(), next(iter(self.kept.values()), None)
         if case.family != "flux" or other is None:
             return random_weights(model, self.device, self.dtype)
         for name, child in list(model.named_children()):
@@ -336,7 +338,7 @@ def count_step(case: Case) -> Work:
         return q
 
     with FakeTensorMode(), torch.no_grad():
-        model = (flux.Flux if case.family == "flux" else sana.Sana)(**case.network)
+        model = case.build("cpu")  # fake, too
         model.attention = counted
         _, *shape = case.latents
         if case.family == "flux":
@@ -997,10 +999,10 @@ def training_row(config: Config, zoo: Zoo, case: Case, stage: str) -> dict:
     flags |= dict(checkpointing=True, compile=config.compile, save_every=10**9)
     flags |= dict(rank=256, alpha=256.0) if stage == "lora" else {}
     options = script.Config(**flags)
-    rehearsal = meta_copy(case)
+    rehearsal = case.build()
     choose_trained(rehearsal, options)
     cost = align.cost(rehearsal, case.latents[2:])
-    model = random_weights(meta_copy(case), zoo.device, torch.bfloat16)
+    model = random_weights(case.build(), zoo.device, torch.bfloat16)
     choose_trained(model, options)
     for p in align.trained(model).values():
         p.data = p.data.float()
@@ -1019,11 +1021,6 @@ def training_row(config: Config, zoo: Zoo, case: Case, stage: str) -> dict:
         tflops=recomputed * each, useful_tflops=done * each,
         peak_gib=torch.cuda.max_memory_allocated(zoo.device) / 2**30 if cuda else 0.0,
     )  # fmt: skip
-
-
-def meta_copy(case: Case) -> nn.Module:
-    with torch.device("meta"):
-        return (flux.Flux if case.family == "flux" else sana.Sana)(**case.network)
 
 
 def choose_trained(model: nn.Module, options: align.Config | lora.Config) -> None:
