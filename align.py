@@ -596,7 +596,7 @@ def run(config: Config, out: Path, device: torch.device) -> None:
     pictures = prepare(config, spec, names, source, out, device, dtype)
     base = sample.load_transformer(spec, config.weights, device, dtype).requires_grad_(False)
     embedder(base).float()  # the target of eq. (1), and a match for the new one's fp32
-    old, autoencoder = (sample.load_autoencoder(n, config.weights, device, dtype) for n in names)
+    autoencoder = sample.load_autoencoder(names[1], config.weights, device, dtype)
     model = transplant(base, autoencoder.latent_channels, spec["position_stride"])
     choose_trained(model)
     training.ready_blocks(blocks(model), config)
@@ -608,6 +608,7 @@ def run(config: Config, out: Path, device: torch.device) -> None:
         f"{count:.2f} M trained | {len(pictures)} pictures | seed {config.seed} | {device}"
     )
     if training.rank() == 0:
+        old = sample.load_autoencoder(names[0], config.weights, device, dtype)
         files = [out / "autoencoders.png"]
         psnr = compare_autoencoders(source, pictures, old, autoencoder, files[0])
         told = ", ".join(f"through {name} {value:.1f} dB" for name, value in psnr.items())

@@ -1096,7 +1096,8 @@ def main() -> None:
     dtype = weights.pick_dtype(config.dtype)
     if dtype == torch.float32:
         raise UserError("--dtype fp32: wanted bf16 or fp16; a CPU measures the toy in fp32")
-    chosen(config), formats(config, device)  # what is wrong with them is told now
+    chosen(config)  # what is wrong with the cases or formats is told now
+    formats(config, device)
     zoo = Zoo(
         device, dtype if device.type == "cuda" else torch.float32, config.limit, config.weights
     )

@@ -55,9 +55,7 @@ from models.weights import (
 @dataclass(frozen=True)
 class Config:
     image: str  # any photo: rotated by its EXIF tag, alpha over white, CMYK, 16 bit, odd sizes
-    model: str = (
-        "dc-ae-f32c32-toy"  # knows the toy's scenes alone; a preset, file, folder or hub id
-    )
+    model: str = "dc-ae-f32c32-toy"  # for the toy's scenes; a preset, file, folder or hub id
     weights: str | None = None  # a folder to look in instead of the hub
     out: str = "runs/dcae.png"  # original | reconstruction | 4 x difference
     device: str = ""  # cuda, then mps, then cpu

@@ -474,6 +474,7 @@ def known_before(
     parameter, batch = next(model.parameters()), len(cond[0])
     device, dtype = parameter.device, parameter.dtype
     levels = torch.tensor(timesteps, device=device)[:, None].expand(-1, batch)  # (S, B)
+    grid = (noise.shape[2] // model.patch_size, noise.shape[3] // model.patch_size)
     if isinstance(model, flux.Flux):
         steps = len(timesteps)
         text, pooled = (tensor.to(dtype) for tensor in cond)
@@ -482,7 +483,6 @@ def known_before(
         conditions = conditions.unflatten(0, (steps, batch))
         layers = [m.lin for m in model.modules() if isinstance(m, flux.Modulation)]
         layers.append(model.final_layer.adaLN_modulation[1])
-        grid = (noise.shape[2] // model.patch_size, noise.shape[3] // model.patch_size)
         rope = model.pe_embedder(text.shape[1], grid, device)
         once = {model.txt_in: model.txt_in(text), model.pe_embedder: rope}
         return once, {lin: lin(conditions) for lin in layers}
@@ -492,7 +492,6 @@ def known_before(
     once = {model.y_embedder: text, model.attention_y_norm: text}
     once |= {block.cross_attn.kv_linear: block.cross_attn.kv_linear(text) for block in model.blocks}
     if model.pos_embedder is not None:
-        grid = (noise.shape[2] // model.patch_size, noise.shape[3] // model.patch_size)
         once[model.pos_embedder] = model.pos_embedder(grid, device)
     return once, {model.t_embedder: embedded, model.t_block: model.t_block(embedded)}
 
@@ -608,13 +607,12 @@ def describe_weights(path: Path) -> dict:
         if not {*TOY, "repo", "size", "autoencoder"} <= spec.keys():
             raise UserError(f"{path}: its header lacks what a sampler needs: make it again")
         return spec | here
-    if checkpoint.is_run:
+    if ours := notes if checkpoint.is_run else told.get("_dc_gen"):  # the latter: lora.py --export
         try:
-            return describe(notes["base"]) | here | own_facts(notes) | {"is_run": True}
-        except (KeyError, ValueError) as error:
+            spec = describe(ours["base"]) | here | own_facts(ours)
+        except (KeyError, ValueError, TypeError) as error:
             raise UserError(f"{path}: its base or autoencoder is not found ({error})") from None
-    if {"base", "autoencoder"} <= told.get("_dc_gen", {}).keys():  # of lora.py --export diffusers
-        return describe(told["_dc_gen"]["base"]) | here | own_facts(told["_dc_gen"])
+        return spec | {"is_run": checkpoint.is_run}
     for name, shape in checkpoint.shapes.items():
         if name.endswith(("img_in.weight", "x_embedder.weight")):  # FLUX: BFL's name, diffusers'
             if told.get("joint_attention_dim", 4096) != 4096:  # not T5's width
@@ -633,9 +631,13 @@ def describe_weights(path: Path) -> dict:
 
 
 def own_facts(notes: dict[str, str]) -> dict:
-    """What a run of ours says of itself that is not its base's; older ones lack the size."""
-    kinds = {"autoencoder": str, "shift": float, "size": int}
-    return {name: kind(notes[name]) for name, kind in kinds.items() if name in notes}
+    """What a run of ours says of itself that is not its base's; older ones lack the size.
+
+    KeyError: the autoencoder is not named. ValueError: a number is none.
+    """
+    told = {"shift": float, "size": int}
+    told = {name: kind(notes[name]) for name, kind in told.items() if name in notes}
+    return {"autoencoder": notes["autoencoder"]} | told
 
 
 def load_pipeline(

@@ -88,17 +88,18 @@ def write(kind: str, run_file: Path, model: nn.Module, folder: Path) -> list[Pat
     if kind not in KINDS:
         raise UserError(f"--export {kind} is unknown; one of {', '.join(KINDS)}")
     run = weights.open_checkpoint(run_file)
-    if kind != "diffusers":
-        lora_pairs(run)  # is there one?
     if kind == "comfyui":
         return [write_comfyui(model, run, folder)]
+    has_lora = any(name.endswith(".lora_A") for name in run.shapes)
+    # Before a file is written: for peft there has to be one.
+    pairs = diffusers_lora(model, run) if has_lora or kind == "peft" else {}
     doors = [n for n in run.shapes if not n.endswith((".lora_A", ".lora_B"))]
     files = [save(folder / "doors.safetensors", to_diffusers(model, doors))]
     if kind == "peft":
-        return [*files, *write_peft(diffusers_lora(model, run), folder)]
-    if any(name.endswith(".lora_A") for name in run.shapes):
+        return [*files, *write_peft(pairs, folder)]
+    if pairs:
         tensors = {}
-        for layer, (down, up) in diffusers_lora(model, run).items():
+        for layer, (down, up) in pairs.items():
             tensors[f"transformer.{layer}.lora_A.weight"] = down
             tensors[f"transformer.{layer}.lora_B.weight"] = up
         files.append(save(folder / "pytorch_lora_weights.safetensors", tensors))

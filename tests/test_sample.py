@@ -390,6 +390,7 @@ def test_every_model_names_parts_that_exist():
         (["--prompts", "huge.jsonl"], "every line is an object like"),
         (["--from", "typed.png"], "argument --steps: invalid int value: 'x'"),
         (["--model", "lost.safetensors"], "its base or autoencoder is not found"),
+        (["--model", "half.safetensors"], "its base or autoencoder is not found ('autoencoder')"),
         (["--model", "other.safetensors"], "does not fit this Flux: tensors 1 of another shape"),
         (["--out", "x.jpg"], "wanted a folder, or a .png"),
         (["--out", "plain.png", "--n", "2"], "is one file, there are 2 pictures"),
@@ -408,6 +409,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(toy, monkeypatch, capsys, fla
     Image.new("RGB", (8, 8)).save("typed.png", pnginfo=notes)
     header = {"stage": "align", "base": "gone.safetensors", "autoencoder": "flux-vae-toy"}
     weights.save("lost.safetensors", {"x": torch.zeros(1)}, header)
+    weights.save("half.safetensors", {"x": torch.zeros(1)}, {"stage": "lora", "base": "flux-toy"})
     base = weights.open_checkpoint("models/toy/flux.safetensors")
     tensors = {name: base.get(name) for name in base.shapes} | {"img_in.bias": torch.zeros(3)}
     weights.save("other.safetensors", tensors, base.metadata)
