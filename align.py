@@ -39,14 +39,14 @@ from torch import Tensor, nn
 
 import dcae
 import sample
-from models import data, text, toy, training, vae, weights
+from models import data, runs, script, text, toy, vae, weights
 from models.data import Batch, Pictures, example, parts
 from models.flux import Flux
-from models.weights import UserError
+from models.script import UserError
 
 
 @dataclass(frozen=True)
-class Config(training.Options):
+class Config(runs.Options):
     model: str = "flux-toy"  # the base: a name in sample.MODELS or a path
     autoencoder: str = ""  # the new latent space: a preset or a path; "": for the toys, DEEPER
     data: str = ""  # a folder of images with same-stem .txt captions; "": the toy world
@@ -105,10 +105,10 @@ def open_source(config, size: int, factor: int, out: Path, device: torch.device)
     """Anything with captions, images(rows) and a key: a folder of the user's, or the toy world."""
     if config.data:
         notes = out / "cache" / "scan.json"
-        source = training.on_first(lambda: data.open_folder(config.data, size, factor, notes))
+        source = runs.on_first(lambda: data.open_folder(config.data, size, factor, notes))
         source = data.shuffled(source)
         print(data.describe(source))
-        if source.left_out and training.rank() == 0:
+        if source.left_out and runs.rank() == 0:
             print(f"all of them: {data.write_left_out(source, out / 'left_out.txt')}")
     else:
         if size != toy.SIZE:
@@ -167,7 +167,7 @@ def draw_batch(
     rows = rows if held_out is None else held_out
     timestep = torch.randn(size, generator=generator).sigmoid()
     timestep = sample.shifted(timestep, shift)  # as far into the noise as the sampler goes
-    share = slice(training.rank(), None, training.world())
+    share = slice(runs.rank(), None, runs.world())
     latents = pictures.latents[rows[share]]
     noise = torch.randn(size, *latents.shape[1:], generator=generator)
     guidance = 1 + (config.guidance_max - 1) * torch.rand(size, generator=generator)
@@ -287,25 +287,25 @@ def flow_loss(model: nn.Module, batch: Batch, recover: bool) -> Tensor:
 
 
 @torch.no_grad()
-@training.eager
+@runs.eager
 def held_out_loss(model: nn.Module, pictures: Pictures, config, shift: float, device) -> float:
     """Flow-matching loss on unseen pictures, at 8 fixed draws of noise, timestep and guidance."""
     fixed = replace(config, seed=0)
     n, loss = len(pictures.latents) - len(pictures), 0.0
     for i in range(8):
         for rows in pictures.held_out:
-            if training.rank() >= len(rows):  # none of these is this process's
+            if runs.rank() >= len(rows):  # none of these is this process's
                 continue
             batch = draw_batch(pictures, fixed, shift, i, "cpu", held_out=rows)
             for part, share in parts(batch, config.micro_batch, device):
-                with training.autocast(model, device):
+                with runs.autocast(model, device):
                     value = flow_loss(model, part, takes_guidance(model)).item()
                 loss += value * share * (len(rows) / n)
-    return training.total(loss, device) / 8
+    return runs.total(loss, device) / 8
 
 
 @torch.no_grad()
-@training.eager
+@runs.eager
 def feature_distance(
     model: nn.Module, base: nn.Module, pictures: Pictures, config, device, n: int = 8
 ) -> list[float]:
@@ -338,7 +338,7 @@ def features(model: nn.Module, latents: Tensor, cond: list, size: torch.Size) ->
         kept.append(F.adaptive_avg_pool2d(tokens.float().mT.unflatten(2, grid), size))
 
     hooks = [block.register_forward_hook(keep) for block in blocks(model)]
-    with training.autocast(model, latents.device):
+    with runs.autocast(model, latents.device):
         model(latents, torch.zeros(1, device=latents.device), *cond)
     for hook in hooks:
         hook.remove()
@@ -362,9 +362,9 @@ def train_embedder(
 ) -> float:
     """Stage 1. Returns the share of the pooled base embedding's variance that is explained."""
     parameters = {f"{embedder_name(model)}.{n}": p for n, p in embedder(model).named_parameters()}
-    optimizer = training.adamw([{"params": [*parameters.values()]}])
-    run = training.Run("align-1", parameters, optimizer, config, out, origin=pictures.key)
-    share = slice(training.rank(), None, training.world())
+    optimizer = runs.adamw([{"params": [*parameters.values()]}])
+    run = runs.Run("align-1", parameters, optimizer, config, out, origin=pictures.key)
+    share = slice(runs.rank(), None, runs.world())
     for step in run.steps(config.embed_steps):
         generator = torch.Generator("cpu").manual_seed(config.seed * 1_000_003 + step)
         rows = pictures.draw(config.embed_batch, generator)
@@ -405,13 +405,13 @@ def passes(model: nn.Module, config, recover: bool, device) -> Callable[[Batch],
     """
 
     def forward_and_backward(part: Batch, share: float) -> Tensor:
-        with training.autocast(model, device):
+        with runs.autocast(model, device):
             loss = share * flow_loss(model, part, recover)  # eq. (2), (3)
         loss.backward()
         return loss.detach()
 
     if config.graph and device.type == "cuda":
-        forward_and_backward = training.replayed(forward_and_backward, model)
+        forward_and_backward = runs.replayed(forward_and_backward, model)
 
     def whole(batch: Batch) -> Tensor:
         loss = torch.zeros((), device=device)
@@ -426,8 +426,8 @@ def train_doors(
     model: nn.Module, pictures: Pictures, config, shift: float, device, out: Path, watch=None
 ) -> None:
     """Stage 2: embedder and head by flow matching, through the frozen blocks."""
-    optimizer = training.adamw([{"params": [*trained(model).values()]}])
-    run = training.Run("align-2", trained(model), optimizer, config, out, 1.0, pictures.key)
+    optimizer = runs.adamw([{"params": [*trained(model).values()]}])
+    run = runs.Run("align-2", trained(model), optimizer, config, out, 1.0, pictures.key)
     add_gradients = passes(model, config, takes_guidance(model), device)
     draw = data.ahead(lambda step: draw_batch(pictures, config, shift, step, "cpu"), device)
     for step in run.steps(config.steps):
@@ -465,7 +465,7 @@ def compare_autoencoders(
     return {name: dcae.psnr(column.clamp(-1, 1), images) for name, column in rest}
 
 
-@training.eager
+@runs.eager
 def show_and_score(
     contestants: dict[str, tuple], spec: dict, config, device
 ) -> tuple[dict[str, dict], dict[str, Tensor], list[str]]:
@@ -475,13 +475,13 @@ def show_and_score(
     scores, pictures = {}, {}
     for name, (model, autoencoder, shift) in contestants.items():
         how = (spec["guidance"], spec["steps"], shift)
-        with training.autocast(model, device):
+        with runs.autocast(model, device):
             rates, images = toy.evaluate(model, autoencoder, encoder, prompts, *how)
         scores[name], pictures[name] = rates, images[:9].cpu()
     return scores, pictures, [prompt.text for prompt in prompts[:9]]
 
 
-@training.eager
+@runs.eager
 def preview(
     model: nn.Module, autoencoder: nn.Module, spec: dict, shift: float, pictures: Pictures, device
 ) -> tuple[Tensor, list[str]]:
@@ -495,7 +495,7 @@ def preview(
     tokens = math.prod(shape[1:]) // model.patch_size**2
     sigmas = sample.timesteps(spec["steps"], spec["schedule"], tokens, shape[0], shift)
     guided = (spec["guidance"], None if pictures.guided else null, spec["solver"])
-    with training.autocast(model, device):
+    with runs.autocast(model, device):
         latents = sample.sample(model, cond, noise, sigmas, *guided)
     return sample.decode(autoencoder, latents), [pictures.captions[i] for i in words]
 
@@ -503,13 +503,13 @@ def preview(
 def watch(stage: str, model, autoencoder, spec, shift, pictures, out: Path, device):
     """A function that draws previews of step n, in out/previews."""
 
-    def draw(run: training.Run, step: int) -> None:
-        if training.rank() == 0:
+    def draw(run: runs.Run, step: int) -> None:
+        if runs.rank() == 0:
             with run.averaged():
                 images, captions = preview(model, autoencoder, spec, shift, pictures, device)
             path = out / "previews" / f"{stage}-{step:06d}.png"
             sample.save_sheet(path, {f"{stage}, step {step}": images}, captions)
-        training.wait_for_all()
+        runs.wait_for_all()
 
     return draw
 
@@ -535,17 +535,17 @@ def print_distances(distances: dict[str, list[float]]) -> None:
 
 
 def main() -> None:
-    doc = training.with_large(__doc__, LARGE)
-    config = weights.parse_config(Config, doc)
+    doc = runs.with_large(__doc__, LARGE)
+    config = script.parse_config(Config, doc)
     if sample.describe(config.model)["text"] != "toy":
-        config = weights.parse_config(Config, doc, defaults=LARGE)
+        config = script.parse_config(Config, doc, defaults=LARGE)
     config = settle_autoencoder(config)
-    device = training.start(config.device)
-    training.check_flags(config)
-    out = training.folder_of(config)
-    with training.locked(out):
+    device = runs.start(config.device)
+    runs.check_flags(config)
+    out = runs.folder_of(config)
+    with runs.locked(out):
         run(config, out, device)
-    training.finish()
+    runs.finish()
 
 
 def choose_trained(model: nn.Module) -> None:
@@ -555,15 +555,15 @@ def choose_trained(model: nn.Module) -> None:
         door.requires_grad_(True)
 
 
-def cost(model: nn.Module, grid: tuple[int, int]) -> training.Cost:
+def cost(model: nn.Module, grid: tuple[int, int]) -> runs.Cost:
     """What a picture of this grid costs in training; model: on the meta device."""
     batch, recover = example(model, *grid), takes_guidance(model)
     model = copy.deepcopy(model).to(torch.bfloat16)
-    return training.count(lambda: flow_loss(model, batch, recover), model, blocks(model))
+    return runs.count(lambda: flow_loss(model, batch, recover), model, blocks(model))
 
 
 def print_estimate(model: nn.Module, grid: tuple[int, int], config, steps: int, device) -> None:
-    print(training.estimate(cost(model, grid), model, config, steps, device))
+    print(runs.estimate(cost(model, grid), model, config, steps, device))
 
 
 def rehearse(config: Config, device: torch.device) -> dict:
@@ -573,7 +573,7 @@ def rehearse(config: Config, device: torch.device) -> dict:
     new = sample.load_autoencoder(config.autoencoder, config.weights, "meta", torch.float32)
     size = config.resolution or spec["size"]
     factors = [old.stride * base.patch_size, new.stride]  # pixels a side that a token covers
-    training.check_size(size, factors)
+    runs.check_size(size, factors)
     stride = config.position_stride or own_stride(spec, base, old, new)
     if spec["text"] != "toy":
         rehearsal = transplant(base, new.latent_channels, stride)
@@ -591,7 +591,7 @@ def run(config: Config, out: Path, device: torch.device) -> None:
     spec = rehearse(config, device)
     is_toy, shift = spec["text"] == "toy", spec["shift"]
     names = [spec["old_autoencoder"], spec["autoencoder"]]
-    dtype = training.frozen_dtype(config, device, is_toy)
+    dtype = runs.frozen_dtype(config, device, is_toy)
     source = open_source(config, spec["size"], math.lcm(*spec["factors"]), out, device)
     pictures = prepare(config, spec, names, source, out, device, dtype)
     base = sample.load_transformer(spec, config.weights, device, dtype).requires_grad_(False)
@@ -599,7 +599,7 @@ def run(config: Config, out: Path, device: torch.device) -> None:
     autoencoder = sample.load_autoencoder(names[1], config.weights, device, dtype)
     model = transplant(base, autoencoder.latent_channels, spec["position_stride"])
     choose_trained(model)
-    training.ready_blocks(blocks(model), config)
+    runs.ready_blocks(blocks(model), config)
 
     count = sum(p.numel() for p in trained(model).values()) / 1e6
     tokens = [(spec["size"] // factor) ** 2 for factor in spec["factors"]]
@@ -607,7 +607,7 @@ def run(config: Config, out: Path, device: torch.device) -> None:
         f"align | {config.model} -> {config.autoencoder} | {tokens[0]} -> {tokens[1]} tokens | "
         f"{count:.2f} M trained | {len(pictures)} pictures | seed {config.seed} | {device}"
     )
-    if training.rank() == 0:
+    if runs.rank() == 0:
         old = sample.load_autoencoder(names[0], config.weights, device, dtype)
         files = [out / "autoencoders.png"]
         psnr = compare_autoencoders(source, pictures, old, autoencoder, files[0])
@@ -625,9 +625,9 @@ def run(config: Config, out: Path, device: torch.device) -> None:
     distances["aligned"] = feature_distance(model, base, pictures, config, device)
 
     saved = out / "align.safetensors"
-    notes = training.header(config, "align", spec, model, config.steps)
-    training.save_last(saved, trained(model), notes)
-    if training.rank() > 0:
+    notes = runs.header(config, "align", spec, model, config.steps)
+    runs.save_last(saved, trained(model), notes)
+    if runs.rank() > 0:
         return
     images, labels, scores = {}, [], {}
     if is_toy:
@@ -643,7 +643,7 @@ def run(config: Config, out: Path, device: torch.device) -> None:
         stage="align", explained=share, held_out_loss=losses, feature_distance=distances,
         reconstruction=psnr, scores=scores, tokens=tokens, files=[str(file) for file in files],
     ))  # fmt: skip
-    training.delete_progress(saved)
+    runs.delete_progress(saved)
 
 
 def report(config: Config, figures: dict) -> None:
@@ -653,7 +653,7 @@ def report(config: Config, figures: dict) -> None:
     print_distances(figures["feature_distance"])
     print_scores(figures["scores"])
     print(f"\nsaved  {'  '.join(figures['files'])}")
-    print(f"next   python lora.py {training.same_flags(config)}")
+    print(f"next   python lora.py {runs.same_flags(config)}")
     print(json.dumps(figures))
 
 
@@ -667,4 +667,4 @@ def own_shift(spec: dict, autoencoder: nn.Module, size: int) -> float:
 
 
 if __name__ == "__main__":
-    weights.run(main)
+    script.exit_cleanly(main)

@@ -49,9 +49,9 @@ import dcae
 import lora
 import quant
 import sample
-from models import flux, kernels, nvfp4, sana, training, vae, weights
+from models import flux, kernels, nvfp4, runs, sana, script, vae
 from models.data import Pictures, ahead
-from models.weights import UserError
+from models.script import UserError
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ def measure_device(call: Callable[[], object], config: Config, device: torch.dev
         for _ in range(10):
             call()
 
-    took = measure(training.captured(ten_calls, warmup=1), config, device)
+    took = measure(runs.captured(ten_calls, warmup=1), config, device)
     return Timing(took.median / 10, took.p10 / 10, took.p90 / 10, took.n)
 
 
@@ -359,7 +359,7 @@ def count_decode(case: Case) -> Work:
 
 @contextmanager
 def exactly() -> Iterator[None]:
-    """fp32 products in fp32, where `training.start` allows TF32."""
+    """fp32 products in fp32, where `runs.start` allows TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -510,7 +510,7 @@ def first_of(out: "Tensor | kernels.Rows | tuple") -> Tensor:
 def prepared(model: nn.Module, config: Config, device: torch.device) -> Iterator[str]:
     """The transformer as the flags want it; afterwards plain again (but for FP8)."""
     name, model.attention = sample.pick_attention(
-        config.attention, device, weights.pick_dtype(config.dtype)
+        config.attention, device, script.pick_dtype(config.dtype)
     )
     own = {m: m.ops for m in model.modules() if hasattr(m, "ops")}
     if config.fuse and kernels.runs_on(device):
@@ -967,10 +967,10 @@ def estimate(config: Config, found: dict) -> None:
 
 def measure_training(config: Config, zoo: Zoo, found: dict) -> None:
     """Steps of stages 2 and 3 of the full-size models, frozen weights in bf16."""
-    rate = training.gemm_rate(zoo.device)
-    found |= {"gpus": training.world(), "gemm_tflops": rate / 1e12, "train": []}
+    rate = runs.gemm_rate(zoo.device)
+    found |= {"gpus": runs.world(), "gemm_tflops": rate / 1e12, "train": []}
     print(
-        f"\n{training.world()} GPUs, each {config.train_batch} pictures a step, "
+        f"\n{runs.world()} GPUs, each {config.train_batch} pictures a step, "
         f"{config.micro_batch} at once; plain bf16 products: {rate / 1e12:.0f} TFLOP/s a GPU"
     )
     print(f"\n{'':29}{'trained':>9}{'s a step':>10}{'pictures/s':>12}{'TFLOP/s':>9}{'share':>7}"
@@ -995,7 +995,7 @@ def measure_training(config: Config, zoo: Zoo, found: dict) -> None:
 def training_row(config: Config, zoo: Zoo, case: Case, stage: str) -> dict:
     """Median of the steps after the first two; FLOP/s and memory are of one GPU."""
     script, cuda = {"align": align, "lora": lora}[stage], zoo.device.type == "cuda"
-    flags = dict(batch_size=config.train_batch * training.world(), micro_batch=config.micro_batch)
+    flags = dict(batch_size=config.train_batch * runs.world(), micro_batch=config.micro_batch)
     flags |= dict(checkpointing=True, compile=config.compile, save_every=10**9)
     flags |= dict(rank=256, alpha=256.0) if stage == "lora" else {}
     options = script.Config(**flags)
@@ -1006,7 +1006,7 @@ def training_row(config: Config, zoo: Zoo, case: Case, stage: str) -> dict:
     choose_trained(model, options)
     for p in align.trained(model).values():
         p.data = p.data.float()
-    training.ready_blocks(align.blocks(model), options)
+    runs.ready_blocks(align.blocks(model), options)
     if cuda:
         torch.cuda.reset_peak_memory_stats(zoo.device)
     seconds = training_steps(model, random_pictures(zoo, case), options, zoo.device)
@@ -1044,8 +1044,8 @@ def training_steps(
     """Seconds of a step: the loop of align.py and lora.py, without their reports."""
     trained = align.trained(model)
     with tempfile.TemporaryDirectory() as folder:
-        optimizer = training.adamw([{"params": [*trained.values()]}])
-        run = training.Run("bench", trained, optimizer, options, Path(folder), clip=1.0)
+        optimizer = runs.adamw([{"params": [*trained.values()]}])
+        run = runs.Run("bench", trained, optimizer, options, Path(folder), clip=1.0)
         add_gradients = align.passes(model, options, align.takes_guidance(model), device)
         draw = ahead(lambda step: align.draw_batch(pictures, options, 3.0, step, "cpu"), device)
         for step in run.steps(steps + 1):  # one more, which is not reached: it would be saved
@@ -1067,7 +1067,7 @@ MEASURES = {
 def about(device: torch.device) -> dict:
     """What the figures were measured on, and of which commit."""
     facts = {"torch": torch.__version__, "triton": getattr(kernels.triton, "__version__", None)}
-    facts["commit"] = training.commit() or None
+    facts["commit"] = runs.commit() or None
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -1079,8 +1079,8 @@ def about(device: torch.device) -> dict:
 
 
 def main() -> None:
-    config = weights.parse_config(Config, __doc__)
-    device = training.start(config.device)
+    config = script.parse_config(Config, __doc__)
+    device = runs.start(config.device)
     parts = [part for part in config.only.split(",") if part]
     if unknown := [part for part in parts if part not in MEASURES]:
         raise UserError(f"--only {','.join(unknown)}: wanted some of {','.join(MEASURES)}")
@@ -1093,7 +1093,7 @@ def main() -> None:
         raise UserError(
             f"--only, --baseline and --train measure a GPU, here is {device}: leave them out"
         )
-    dtype = weights.pick_dtype(config.dtype)
+    dtype = script.pick_dtype(config.dtype)
     if dtype == torch.float32:
         raise UserError("--dtype fp32: wanted bf16 or fp16; a CPU measures the toy in fp32")
     chosen(config)  # what is wrong with the cases or formats is told now
@@ -1118,8 +1118,8 @@ def main() -> None:
     if zoo.left_out:
         print(f"\nleft out at {config.limit:g} s (--limit): {', '.join(zoo.left_out)}")
     print(json.dumps(found | {"left_out": zoo.left_out}))
-    training.finish()
+    runs.finish()
 
 
 if __name__ == "__main__":
-    weights.run(main)
+    script.exit_cleanly(main)

@@ -37,19 +37,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.data import open_image
-from models.weights import (
-    Checkpoint,
-    Rows,
-    UserError,
-    assign,
-    build,
-    open_model,
-    parse_config,
-    pick_device,
-    pick_dtype,
-    run,
-    write_whole,
-)
+from models.script import UserError, exit_cleanly, parse_config, pick_device, pick_dtype
+from models.weights import Checkpoint, Rows, assign, build, open_model, write_whole
 
 
 @dataclass(frozen=True)
@@ -698,4 +687,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    exit_cleanly(main)

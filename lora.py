@@ -49,12 +49,12 @@ from align import (
     transplant,
     watch,
 )  # fmt: skip
-from models import data, export, training, weights
-from models.weights import UserError
+from models import data, export, runs, script, weights
+from models.script import UserError
 
 
 @dataclass(frozen=True)
-class Config(training.Options):
+class Config(runs.Options):
     model: str = "flux-toy"  # the base: a name in sample.MODELS or a path
     aligned: str = ""  # align.py's file; "": runs/<model>/align.safetensors; none: fresh doors
     autoencoder: str = ""  # only for --aligned none, as in align.py: else the file tells
@@ -161,7 +161,7 @@ def choose_trained(model: nn.Module, config: Config) -> None:
     """Freeze by name, in the open: LoRA (or all weights) and the two doors are trained."""
     model.requires_grad_(config.full)
     if config.full:
-        training.keep_mixed(model)  # in bf16 a small step is no step
+        runs.keep_mixed(model)  # in bf16 a small step is no step
     else:
         add_lora(model, config.rank, config.alpha)
     for door in doors(model):
@@ -187,8 +187,8 @@ def train(
     model: nn.Module, pictures, config: Config, shift: float, device, out: Path, show=None
 ) -> list:
     """Stage 3. Returns rows of the learning curve: (step, held-out loss)."""
-    optimizer = training.adamw(rates(model, config))
-    run = training.Run("lora", trained(model), optimizer, config, out, 1.0, pictures.key)
+    optimizer = runs.adamw(rates(model, config))
+    run = runs.Run("lora", trained(model), optimizer, config, out, 1.0, pictures.key)
     add_gradients = passes(model, config, config.recover and takes_guidance(model), device)
     first = 1_000_000  # other batches than stage 2's
     draw = data.ahead(lambda step: draw_batch(pictures, config, shift, first + step, "cpu"), device)
@@ -235,7 +235,7 @@ def find_aligned(config: Config, out: Path) -> dict:
         return spec | ({"shift": 2.0} if spec["text"] == "toy" else {})  # as align.py's default
     path = Path(config.aligned or out / "align.safetensors")
     if not path.exists():
-        raise UserError(f"{path} is missing: run `python align.py {training.same_flags(config)}`")
+        raise UserError(f"{path} is missing: run `python align.py {runs.same_flags(config)}`")
     run = weights.open_checkpoint(path)
     if run.metadata.get("stage") != "align":
         raise UserError(f"{path} is no file of align.py (stage {run.metadata.get('stage')!r})")
@@ -253,28 +253,28 @@ def find_aligned(config: Config, out: Path) -> dict:
 
 
 def main() -> None:
-    doc = training.with_large(__doc__, LARGE)
-    config = weights.parse_config(Config, doc)
+    doc = runs.with_large(__doc__, LARGE)
+    config = script.parse_config(Config, doc)
     if sample.describe(config.model)["text"] != "toy":
-        config = weights.parse_config(Config, doc, defaults=LARGE)
-    out = training.folder_of(config)
+        config = script.parse_config(Config, doc, defaults=LARGE)
+    out = runs.folder_of(config)
     if config.export:
         return export_run(config, out)
-    device = training.start(config.device)
-    training.check_flags(config)
+    device = runs.start(config.device)
+    runs.check_flags(config)
     spec = find_aligned(config, out)
-    with training.locked(out):
+    with runs.locked(out):
         run(config, spec, out, device)
-    training.finish()
+    runs.finish()
 
 
 def export_run(config: Config, out: Path) -> None:
     """Write what --export asks for, beside the run."""
     saved = out / "lora.safetensors"
     if not saved.exists():
-        raise UserError(f"{saved} is missing: run `python lora.py {training.same_flags(config)}`")
+        raise UserError(f"{saved} is missing: run `python lora.py {runs.same_flags(config)}`")
     spec = sample.describe(str(saved))
-    dtype = weights.pick_dtype(config.dtype or ("fp32" if spec["text"] == "toy" else "bf16"))
+    dtype = script.pick_dtype(config.dtype or ("fp32" if spec["text"] == "toy" else "bf16"))
     model = sample.load_transformer(spec, config.weights, "cpu", dtype)
     files = export.write(config.export, saved, model, out / config.export)
     stride = model.config.get("position_stride", 1)
@@ -292,7 +292,7 @@ def export_run(config: Config, out: Path) -> None:
 
 def run(config: Config, spec: dict, out: Path, device: torch.device) -> None:
     torch.manual_seed(config.seed)
-    save_dtype = weights.pick_dtype(config.save_dtype, "--save-dtype")
+    save_dtype = script.pick_dtype(config.save_dtype, "--save-dtype")
     if config.full and config.decay:
         raise UserError(
             f"--decay {config.decay:g} takes LoRA back to nothing; --full has none, and all "
@@ -300,10 +300,10 @@ def run(config: Config, spec: dict, out: Path, device: torch.device) -> None:
         )
     base_spec = sample.describe(config.model)
     is_toy = spec["text"] == "toy"
-    dtype = training.frozen_dtype(config, device, is_toy)
+    dtype = runs.frozen_dtype(config, device, is_toy)
     autoencoder = sample.load_autoencoder(spec["autoencoder"], config.weights, "meta", dtype)
     size = config.resolution or spec["size"]
-    training.check_size(size, [autoencoder.stride])
+    runs.check_size(size, [autoencoder.stride])
     shift = own_shift(spec, autoencoder, size)
     if not is_toy:
         rehearsal = load_aligned(config, spec, "meta", dtype)
@@ -318,7 +318,7 @@ def run(config: Config, spec: dict, out: Path, device: torch.device) -> None:
         pictures = replace(pictures, key=key)
     model = load_aligned(config, spec, device, dtype)
     choose_trained(model, config)
-    training.ready_blocks(blocks(model), config)
+    runs.ready_blocks(blocks(model), config)
     autoencoder = sample.load_autoencoder(spec["autoencoder"], config.weights, device, dtype)
 
     count = sum(p.numel() for p in trained(model).values()) / 1e6
@@ -332,10 +332,10 @@ def run(config: Config, spec: dict, out: Path, device: torch.device) -> None:
 
     saved = out / "lora.safetensors"
     about = base_spec | {"autoencoder": spec["autoencoder"], "shift": shift, "size": size}
-    notes = training.header(config, "lora", about, model, config.steps)
+    notes = runs.header(config, "lora", about, model, config.steps)
     kept = {name: p.to(save_dtype) for name, p in trained(model).items()}
-    training.save_last(saved, kept, notes | {"alpha": str(config.alpha)})
-    if training.rank() > 0:
+    runs.save_last(saved, kept, notes | {"alpha": str(config.alpha)})
+    if runs.rank() > 0:
         return
     scores = {}
     if is_toy:
@@ -352,7 +352,7 @@ def run(config: Config, spec: dict, out: Path, device: torch.device) -> None:
     print_scores(scores)
     print(f"\nsaved  {'  '.join(files)}\nnext   python sample.py --model {saved}")
     print(json.dumps(dict(stage="lora", curve=curve, scores=scores, files=files)))
-    training.delete_progress(saved)
+    runs.delete_progress(saved)
 
 
 def compare(config: Config, base_spec: dict, spec: dict, saved: Path, device) -> tuple:
@@ -371,4 +371,4 @@ def compare(config: Config, base_spec: dict, spec: dict, saved: Path, device) ->
 
 
 if __name__ == "__main__":
-    weights.run(main)
+    script.exit_cleanly(main)

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import dcae
 import sample
-from models import kernels, nvfp4, text, toy, training, weights
+from models import kernels, nvfp4, runs, script, text, toy, weights
 from models.flux import Flux
 from models.nvfp4 import (
     BLOCK,
@@ -59,7 +59,7 @@ from models.nvfp4 import (
     use,
 )
 from models.sana import Sana
-from models.weights import UserError
+from models.script import UserError
 
 
 @dataclass(frozen=True)
@@ -711,15 +711,15 @@ def find_lora(config: Config, out: Path) -> str:
 
 
 def main() -> None:
-    config = weights.parse_config(Config, __doc__)
-    device = weights.pick_device(config.device)
+    config = script.parse_config(Config, __doc__)
+    device = script.pick_device(config.device)
     if device.type == "mps":  # which has no float8
         device = torch.device("cpu")
     torch.set_float32_matmul_precision("high")  # errors of 3% are compared: TF32 is enough
     if config.model == "synthetic":
         return print_error_table(device)
-    out = training.folder_of(config)
-    with training.locked(out):
+    out = runs.folder_of(config)
+    with runs.locked(out):
         run(replace(config, lora=find_lora(config, out)), device, out)
 
 
@@ -731,7 +731,7 @@ def run(config: Config, device: torch.device, out: Path) -> None:
     check(config, spec, rehearsal, device)
     is_toy = spec["text"] == "toy"
     plain = is_toy or device.type == "cpu"
-    dtype = weights.pick_dtype(config.dtype or ("fp32" if plain else "bf16"))
+    dtype = script.pick_dtype(config.dtype or ("fp32" if plain else "bf16"))
     prompts, shown, tasks = read_prompts(config, is_toy)
     words = [*shown, *prompts]
     trip = plan(config, spec, rehearsal, autoencoder.stride, words, device, dtype)
@@ -797,10 +797,10 @@ def report(
 
 
 def write_header(config: Config, spec: dict, model: nn.Module, layers: dict) -> dict[str, str]:
-    told = training.header(config, "quant", spec, model, 0)
+    told = runs.header(config, "quant", spec, model, 0)
     told |= {"class": type(model).__name__, "layers": json.dumps(layers), "format": config.format}
     return told | {"spec": json.dumps(spec | {"stage": "quant"})}
 
 
 if __name__ == "__main__":
-    weights.run(main)
+    script.exit_cleanly(main)

@@ -41,9 +41,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dcae
-from models import flux, kernels, nvfp4, sana, text, vae, weights
+from models import flux, kernels, nvfp4, sana, script, text, vae, weights
 from models.kernels import describe_tiles, jit, tl, triton
-from models.weights import UserError
+from models.script import UserError
 
 
 @dataclass(frozen=True)
@@ -873,7 +873,7 @@ def read_recipe(config: Config) -> tuple[Config, Tensor | None]:
         f"--{name}={value}" if not isinstance(value, bool) else f"--{'' if value else 'no-'}{name}"
         for name, value in spelled
     ]
-    told = weights.parse_config(Config, __doc__, flags)
+    told = script.parse_config(Config, __doc__, flags)
     here = {name: getattr(config, name) for name in HERE}
     return replace(told, **here | {"device": config.device or told.device, "from_": ""}), latents
 
@@ -968,7 +968,7 @@ def is_made(config: Config, job: tuple[str, int], path: Path) -> bool:
 
 def decode_kept(config: Config, latents: Tensor) -> None:
     """`--from x.latents.safetensors`: the end of a run whose decoder failed."""
-    device, dtype = weights.pick_device(config.device), weights.pick_dtype(config.dtype)
+    device, dtype = script.pick_device(config.device), script.pick_dtype(config.dtype)
     source = describe(config.model, config.autoencoder)["autoencoder"]
     autoencoder = load_autoencoder(source, config.weights, device, dtype)
     jobs = [(config.prompt, config.seed)]
@@ -985,19 +985,19 @@ def clock(device: torch.device) -> float:
 
 
 def main() -> None:
-    config = weights.parse_config(Config, f"{__doc__}\nnames: {', '.join(MODELS)}")
+    config = script.parse_config(Config, f"{__doc__}\nnames: {', '.join(MODELS)}")
     if config.from_:
         config, kept_latents = read_recipe(config)
         if kept_latents is not None:
             return decode_kept(config, kept_latents)
-    device = weights.pick_device(config.device)
+    device = script.pick_device(config.device)
     spec = describe(config.model, config.autoencoder)
     if config.fp8 and spec.get("stage") == "quant":
         raise UserError(f"--fp8 and {config.model}, which is quantized already: leave --fp8 out")
     config = complete(config, spec, device)
-    name, attend = pick_attention(config.attention, device, weights.pick_dtype(config.dtype))
+    name, attend = pick_attention(config.attention, device, script.pick_dtype(config.dtype))
     config = replace(config, attention=name)
-    dtype, size = weights.pick_dtype(config.dtype), parse_size(config.size)
+    dtype, size = script.pick_dtype(config.dtype), parse_size(config.size)
     jobs = read_jobs(config)
     paths = output_paths(config.out, jobs)
     jobs, paths = unmade(config, jobs, paths)
@@ -1069,4 +1069,4 @@ def report(
 
 
 if __name__ == "__main__":
-    weights.run(main)
+    script.exit_cleanly(main)

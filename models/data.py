@@ -33,8 +33,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models import text, training
-from models.weights import UserError, open_checkpoint, save, write_whole
+from models import runs, text
+from models.script import UserError
+from models.weights import open_checkpoint, save, write_whole
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # no others are tried: exotic decoders are where holes are
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -546,7 +547,7 @@ def store_latents(
         for encoder in encoders
     ]
     lacking = [set(store.lacks(of_rows)) for of_rows in keys]
-    training.wait_for_all()  # every process has looked before one writes
+    runs.wait_for_all()  # every process has looked before one writes
     pixels = MOST_PIXELS.get(encoders[0].device.type, 2**22)
     batches = batches_of_a_size(folder, sorted(set().union(*lacking)), pixels)[share]
     loaded = [
@@ -618,9 +619,9 @@ def encode(source, encoders: Sequence[Encoder], cache: Path) -> list:
     world, whose are one file.
     """
     if isinstance(source, Folder):
-        store, share = Store(cache), slice(training.rank(), None, training.world())
+        store, share = Store(cache), slice(runs.rank(), None, runs.world())
         keys = store_latents(source, store, encoders, share)
-        training.wait_for_all()
+        runs.wait_for_all()
         return [store.rows(of_rows, "latents") for of_rows in keys]
 
     def encode_scenes(encoder: Encoder) -> Tensor:
@@ -631,7 +632,7 @@ def encode(source, encoders: Sequence[Encoder], cache: Path) -> list:
 
         path = cache / f"{Path(encoder.name).stem}.safetensors"
         key = f"{source.key} | {encoder.identity} {encoder.dtype}"
-        return training.on_first(lambda: cached(path, key, compute))["latents"]
+        return runs.on_first(lambda: cached(path, key, compute))["latents"]
 
     return [encode_scenes(encoder) for encoder in encoders]
 
@@ -649,14 +650,14 @@ def encode_captions(
     store = Store(cache)
     named = text.cache_keys(kind, repo, dtype, prompts)
     keys = [named[prompt] for prompt in prompts]
-    missing = store.lacks(keys)[training.rank() :: training.world()]
-    training.wait_for_all()  # every process has looked before one writes
+    missing = store.lacks(keys)[runs.rank() :: runs.world()]
+    runs.wait_for_all()  # every process has looked before one writes
     if missing:
         rows = text.encode_each(kind, repo, [prompts[i] for i in missing], device, dtype)
         bar = tqdm(missing, "text", leave=False)
         for outputs, i in zip(rows, bar):
             store.write({keys[i]: {str(j): output for j, output in enumerate(outputs)}})
-    training.wait_for_all()
+    runs.wait_for_all()
     null = tuple(store.rows(keys[:1], str(i))[torch.tensor([0])] for i in range(2))
     return distinct, tuple(store.rows(keys[1:], str(i)) for i in range(2)), null
 

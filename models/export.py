@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from models import flux, sana, weights
 from models.flux import Flux
-from models.weights import Checkpoint, UserError
+from models.script import UserError
+from models.weights import Checkpoint
 
 KINDS = ("diffusers", "peft", "comfyui")
 SHARD = 5 * 10**9  # bytes a file, as diffusers has it

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.weights import UserError
+from models.script import UserError
 
 try:
     import triton

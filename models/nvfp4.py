@@ -32,7 +32,7 @@ from models import kernels, weights
 from models.flux import Flux
 from models.kernels import E4M3_MAX, EMULATED, Rows, jit, tl, to_e4m3, triton
 from models.sana import Sana
-from models.weights import UserError
+from models.script import UserError
 
 # ---- format
 

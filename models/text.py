@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from models import weights
-from models.weights import UserError
+from models.script import UserError
 
 Cond = tuple[Tensor, ...]
 

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.weights import Checkpoint, Rows, UserError, assign, build, open_model
+from models.script import UserError
+from models.weights import Checkpoint, Rows, assign, build, open_model
 
 NORM_EPS = 1e-6
 

@@ -12,10 +12,11 @@ from torch import nn
 
 import align
 from align import Batch, Config, Pictures
-from models import pretrain, weights
+from models import weights
 from models.flux import Flux
 from models.sana import Sana
-from models.weights import UserError
+from models.script import UserError
+from models.toy import pretrain
 
 ROOT = Path(__file__).parent.parent
 TINY = dict(
@@ -115,7 +116,7 @@ def test_a_transplant_shares_the_blocks_and_starts_silent():
 
 
 def test_a_transplant_is_the_model_that_its_config_describes():
-    """Loaded from its file, a model is built anew: positions and all must be those of training."""
+    """Loaded from its file, a model is built anew: positions and all must be those of runs."""
     model = align.transplant(tiny_base(), 32, position_stride=2)
     nn.init.normal_(model.final_layer.linear.weight)
     built = Flux(**model.config)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import sample
 from models import kernels
 from models.flux import Flux
-from models.weights import UserError
+from models.script import UserError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float16, torch.bfloat16 if DEVICE.type == "cuda" else torch.float32]

@@ -12,7 +12,7 @@ import torch
 import bench
 import dcae
 from models import kernels, weights
-from models.weights import UserError
+from models.script import UserError
 
 CPU = torch.device("cpu")
 NETWORK = dict(

@@ -28,7 +28,7 @@ from models.data import (
     open_image,
     store_latents,
 )
-from models.weights import UserError
+from models.script import UserError
 
 RED, WHITE, BLACK = (1, -1, -1), (1, 1, 1), (-1, -1, -1)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 import dcae
 from dcae import DCAE, PRESETS, name_rows, pad_to_multiple, psnr, ssim, tiled_decode, tiled_encode
 from models.data import open_image
-from models.weights import Checkpoint, UserError, build, check, run, save
+from models.script import UserError, exit_cleanly
+from models.weights import Checkpoint, build, check, save
 
 CASES = [
     f"dcae_tiny_{s}_{f}" for s in ("sana", "v15", "mix", "lite") for f in ("dcai", "diffusers")
@@ -435,7 +436,7 @@ def command(arguments: list, monkeypatch, capsys) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "argv", ["dcae.py", *map(str, arguments)])
     code = 0
     try:
-        run(dcae.main)
+        exit_cleanly(dcae.main)
     except SystemExit as stop:
         code = stop.code
     return code, *capsys.readouterr()

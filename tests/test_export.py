@@ -11,7 +11,7 @@ from torch import nn
 import align
 import lora
 import sample
-from models import export, weights
+from models import export, script, weights
 from models.flux import Flux
 from models.sana import Sana
 
@@ -186,7 +186,7 @@ def test_comfyuis_file_is_read_by_diffusers_converter(tmp_path):
 
 def test_what_cannot_be_exported_is_a_sentence(tmp_path):
     file, model = finished_run(tmp_path, "sana")
-    with pytest.raises(weights.UserError, match="one of diffusers, peft, comfyui"):
+    with pytest.raises(script.UserError, match="one of diffusers, peft, comfyui"):
         export.write("onnx", file, model, tmp_path / "out")
-    with pytest.raises(weights.UserError, match="is for FLUX"):
+    with pytest.raises(script.UserError, match="is for FLUX"):
         export.write("comfyui", file, model, tmp_path / "out")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models import flux
 from models.flux import Flux
-from models.weights import UserError
+from models.script import UserError
 
 CASES = [
     "flux_tiny_bfl",

@@ -10,9 +10,9 @@ from torch import nn
 import lora
 from align import doors, trained
 from lora import Config, LoRALinear
-from models import training, weights
+from models import runs, weights
 from models.flux import Flux
-from models.weights import UserError
+from models.script import UserError
 
 
 def perturb(model: nn.Module) -> None:
@@ -92,7 +92,7 @@ def test_decay_takes_lora_towards_nothing_and_leaves_the_doors():
     lora.choose_trained(model, config)
     perturb(model)
     before = {name: p.detach().clone() for name, p in trained(model).items()}
-    optimizer = training.adamw(lora.rates(model, config))
+    optimizer = runs.adamw(lora.rates(model, config))
     for group in optimizer.param_groups:
         group["lr"] = 0.1
         for p in group["params"]:
@@ -107,11 +107,11 @@ def test_all_weights_are_trained_in_fp32_and_multiplied_in_bf16():
     model = tiny_base().to(torch.bfloat16)
     lora.choose_trained(model, Config(full=True))
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
-    with training.autocast(model, torch.device("cpu")):
+    with runs.autocast(model, torch.device("cpu")):
         assert model.txt_in(torch.ones(1, 3, 8)).dtype == torch.bfloat16
     model = tiny_base()
     lora.choose_trained(model, Config(full=True))
-    with training.autocast(model, torch.device("cpu")):
+    with runs.autocast(model, torch.device("cpu")):
         assert model.txt_in(torch.ones(1, 3, 8)).dtype == torch.float32
 
 

@@ -9,7 +9,7 @@ from torch import nn
 import quant
 from models import kernels, nvfp4
 from models.nvfp4 import QuantLinear
-from models.weights import UserError
+from models.script import UserError
 from quant import Config
 
 # ---- format

@@ -17,7 +17,7 @@ from models import kernels, nvfp4, weights
 from models.flux import Flux
 from models.nvfp4 import BLOCK, QuantLinear
 from models.sana import Sana
-from models.weights import UserError
+from models.script import UserError
 from quant import Config
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from test_text import VOCABULARY, tiny_flux_text, tiny_sana_text
 import dcae
 import sample
 from dcae import DCAE
-from models import data, flux, sana, text, vae, weights
+from models import data, flux, sana, script, text, vae, weights
 from models.flux import Flux
 from models.sana import Sana
 from models.text import ToyText
@@ -296,7 +296,7 @@ def test_prompts_make_a_folder_that_the_trainers_read(toy, monkeypatch, capsys):
 def test_latents_survive_a_decoder_that_fails(toy, monkeypatch, capsys):
     flags = ["--steps", 1, "--prompt", "a red circle"]
     good = run(monkeypatch, capsys, *flags, "--out", "good.png")
-    with monkeypatch.context() as broken, pytest.raises(weights.UserError, match="--from kept.lat"):
+    with monkeypatch.context() as broken, pytest.raises(script.UserError, match="--from kept.lat"):
         broken.setattr(FluxVAE, "decode", lambda *_: torch.zeros(2).view(3))
         run(monkeypatch, capsys, *flags, "--out", "kept.png")
     run(monkeypatch, capsys, "--from", "kept.latents.safetensors", "--out", "late.png")
@@ -327,9 +327,7 @@ def test_a_run_of_ours_brings_its_base_and_autoencoder(toy, monkeypatch, capsys)
     assert (spec["schedule"], spec["solver"], found.stride) == ("flux", "euler", 32)
     weights.save("runs/align.safetensors", trained, header | {"shift": "1.5"})
     assert sample.describe("runs/align.safetensors")["shift"] == 1.5
-    with pytest.raises(
-        weights.UserError, match="latents of 32 channels, and flux-vae-toy reads 16"
-    ):
+    with pytest.raises(script.UserError, match="latents of 32 channels, and flux-vae-toy reads 16"):
         sample.load_pipeline("runs/align.safetensors", "flux-vae-toy")
 
 
@@ -415,7 +413,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(toy, monkeypatch, capsys, fla
     weights.save("other.safetensors", tensors, base.metadata)
     monkeypatch.setattr(sys, "argv", ["sample.py", "--device", "cpu", *flags])
     with pytest.raises(SystemExit) as stop:
-        weights.run(sample.main)
+        script.exit_cleanly(sample.main)
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert stop.value.code == 2 and len(error) == 1 and sentence in error[0]
 
@@ -548,5 +546,5 @@ def test_an_unknown_scheduler_is_refused(tmp_path):
     diffusers = pytest.importorskip("diffusers", reason="the reference is not installed")
     pipeline = sana_pipeline(diffusers, diffusers.DPMSolverMultistepScheduler(solver_order=3))
     pipeline.save_pretrained(tmp_path)
-    with pytest.raises(weights.UserError, match="solver_order=3.* is not known here"):
+    with pytest.raises(script.UserError, match="solver_order=3.* is not known here"):
         sample.describe(str(tmp_path))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models import sana
 from models.sana import Sana
-from models.weights import UserError
+from models.script import UserError
 
 CASES = [
     "sana_tiny_original",

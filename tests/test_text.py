@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import text, weights
+from models import script, text, weights
 from models.text import ToyText
 
 VOCABULARY = "<pad> <bos> a and red blue circle square left of".split()
@@ -53,9 +53,9 @@ def test_toy_text_trains_as_it_infers():
 def test_toy_words_are_checked():
     model = toy_text()
     assert model.tokenize(["A red, circle."]).tolist() == [[1, 2, 4, 6, 0, 0, 0, 0]]
-    with pytest.raises(weights.UserError, match="no word 'fox'; it knows: a and red"):
+    with pytest.raises(script.UserError, match="no word 'fox'; it knows: a and red"):
         model.tokenize(["a red fox"])
-    with pytest.raises(weights.UserError, match="at most 7 words; this one has 8"):
+    with pytest.raises(script.UserError, match="at most 7 words; this one has 8"):
         model.tokenize(["a red circle and a blue square left"])
 
 
@@ -204,7 +204,7 @@ def test_an_encoder_in_a_pickle_is_refused(tmp_path):
     file = tmp_path / "text_encoder_2" / "model.safetensors"
     torch.save(load_file(file), file.with_name("pytorch_model.bin"))
     file.unlink()
-    with pytest.raises(weights.UserError, match="cannot load tokenizer_2 and text_encoder_2"):
+    with pytest.raises(script.UserError, match="cannot load tokenizer_2 and text_encoder_2"):
         text.encode("flux", source, ["a"])
 
 
@@ -213,10 +213,10 @@ def test_an_encoder_with_missing_tensors_is_refused(tmp_path):
     file = tmp_path / "text_encoder_2" / "model.safetensors"
     tensors = load_file(file)
     save_file({k: v for k, v in tensors.items() if "block.1" not in k}, file, {"format": "pt"})
-    with pytest.raises(weights.UserError, match="lacks tensors of T5EncoderModel: encoder.block.1"):
+    with pytest.raises(script.UserError, match="lacks tensors of T5EncoderModel: encoder.block.1"):
         text.encode("flux", source, ["a"])
-    with pytest.raises(weights.UserError, match="no file, folder or preset"):
+    with pytest.raises(script.UserError, match="no file, folder or preset"):
         text.encode("flux", str(tmp_path / "nowhere"), ["a"])
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(weights.UserError, match="cannot load tokenizer_2 and text_encoder_2 from"):
+    with pytest.raises(script.UserError, match="cannot load tokenizer_2 and text_encoder_2 from"):
         text.encode("flux", source, ["a"])

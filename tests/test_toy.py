@@ -11,10 +11,11 @@ from torch import nn
 
 import dcae
 import sample
-from models import pretrain, toy, weights
+from models import toy, weights
 from models.sana import Sana
+from models.script import UserError
 from models.text import SanaToyText, ToyText
-from models.weights import UserError
+from models.toy import pretrain
 
 
 def test_the_scorer_reads_every_rendered_scene_back():

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dcae import tiled_decode
+from models.script import UserError
 from models.vae import PRESETS, FluxVAE, name_rows
-from models.weights import Checkpoint, UserError, build, check
+from models.weights import Checkpoint, build, check
 
 MINI = "flux_vae_mini_diffusers"
 TINY = {

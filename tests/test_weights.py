@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models import weights
-from models.weights import ROOT, UserError, assign, build, open_checkpoint, open_model, save
+from models import script, weights
+from models.script import UserError
+from models.weights import ROOT, assign, build, open_checkpoint, open_model, save
 
 
 class Tiny(nn.Module):
@@ -580,7 +581,7 @@ class Flags:
 
 
 def test_flags_come_from_the_dataclass():
-    parse = weights.parse_config
+    parse = script.parse_config
     assert parse(Flags, "doc", ["a.jpg"]) == Flags("a.jpg")
     arguments = ["a.jpg", "--batch-size", "8", "--lr", "3e-4", "--data", "x", "--compile"]
     assert parse(Flags, "doc", [*arguments, "--from", "b"]) == Flags(
@@ -593,7 +594,7 @@ def test_flags_come_from_the_dataclass():
 
 def test_help_is_the_docstring_and_the_comments_of_the_config(capsys):
     with pytest.raises(SystemExit):
-        weights.parse_config(Flags, "what the script does", ["--help"])
+        script.parse_config(Flags, "what the script does", ["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for words in (
         "what the script does", "50% faster, later", "--from FROM_ a name that Python keeps for",
@@ -617,25 +618,25 @@ def test_a_users_mistake_is_a_line_on_stderr_and_code_2(capsys):
 
     for main, code in ((mistaken, 2), (interrupted, 130), (greedy, 2), (full, 2)):
         with pytest.raises(SystemExit) as stop:
-            weights.run(main)
+            script.exit_cleanly(main)
         assert stop.value.code == code
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "error: got this, wanted that, do so"
     assert lines[1] == "interrupted" and lines.pop(1)
     assert lines[1].startswith("error: CUDA out of memory: a smaller picture or batch")
     assert lines[2].startswith("error: runs/x/lora.png cannot be written (No space left on device)")
-    weights.run(lambda: None)
+    script.exit_cleanly(lambda: None)
     with pytest.raises(FileNotFoundError):  # a mistake of ours keeps its traceback
-        weights.run(lambda: open("/nowhere/at/all"))
+        script.exit_cleanly(lambda: open("/nowhere/at/all"))
 
 
 def test_devices_and_dtypes_are_picked_or_refused():
-    assert weights.pick_device("cpu") == torch.device("cpu")
-    assert weights.pick_device().type in ("cuda", "mps", "cpu")
+    assert script.pick_device("cpu") == torch.device("cpu")
+    assert script.pick_device().type in ("cuda", "mps", "cpu")
     for name in ("abacus", "cuda:99", "meta"):
         with pytest.raises(UserError, match="here: "):
-            weights.pick_device(name)
+            script.pick_device(name)
     for name in ("bf16", "bfloat16"):
-        assert weights.pick_dtype(name) == torch.bfloat16
+        assert script.pick_dtype(name) == torch.bfloat16
     with pytest.raises(UserError, match="one of fp32, bf16, fp16"):
-        weights.pick_dtype("int4")
+        script.pick_dtype("int4")

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import weights
+from models import script
 from models.sana import Sana
 from models.text import TOYS
 from sample import decode, draw_noise, load_pipeline, sample, text_kind, timesteps
@@ -557,10 +557,10 @@ def evaluate(
 
 def score_model(name: str, per_task: int) -> dict:
     """A toy model, base or not, at its own guidance, by the prompts of align.py and lora.py."""
-    device = weights.pick_device()
+    device = script.pick_device()
     spec, model, autoencoder = load_pipeline(name, device=device)
     if spec["text"] != "toy":
-        raise weights.UserError(f"--model {name} knows more than shapes: wanted a toy model")
+        raise script.UserError(f"--model {name} knows more than shapes: wanted a toy model")
     text = TOYS[text_kind(spec)].from_pretrained(spec["repo"], device)
     prompts = draw_prompts(per_task, seed=7)
     how = (spec["guidance"], spec["steps"], spec.get("shift"))
@@ -591,4 +591,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    weights.run(main)
+    script.exit_cleanly(main)

@@ -35,8 +35,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from models import weights
-from models.weights import UserError
+from models import script, weights
+from models.script import UserError
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ LIMITS = {  # what flags may be, both ends included
 
 def start(name: str) -> torch.device:
     """This process's device; under torchrun also the group, in which only the first one prints."""
-    device = weights.pick_device(name)
+    device = script.pick_device(name)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, for the toys: the rest is in bf16
     if "RANK" not in os.environ:
@@ -675,7 +675,7 @@ def estimate(cost: Cost, model: nn.Module, config, steps: int, device: torch.dev
 def frozen_dtype(config, device: torch.device, is_toy: bool = False) -> torch.dtype:
     """--dtype; by default fp32 for toys and on a CPU, where fp32 is faster, else bf16."""
     plain = device.type != "cuda" or is_toy
-    dtype = weights.pick_dtype(config.dtype or ("fp32" if plain else "bf16"))
+    dtype = script.pick_dtype(config.dtype or ("fp32" if plain else "bf16"))
     if dtype == torch.float16:
         raise UserError("--dtype fp16: small gradients are zero in it; wanted bf16 or fp32")
     return dtype

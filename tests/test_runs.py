@@ -25,8 +25,8 @@ from torch import nn
 import align
 import lora
 import sample
-from models import data, flux, training, weights
-from models.weights import UserError
+from models import data, flux, runs, weights
+from models.script import UserError
 
 ROOT = Path(__file__).parent.parent
 # How many times a run is killed: KILLS=100 python -m pytest tests/test_training.py -k killed
@@ -105,7 +105,7 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path):
     out.mkdir()
     kills, inside = 0, 0
     while True:
-        with training.locked(out):
+        with runs.locked(out):
             pass  # what a script does first: the leftovers of a killed save go
         ready = processes.Event()
         process = processes.Process(target=victim, args=(out, ready))
@@ -140,13 +140,13 @@ def test_progress_that_is_damaged_is_passed_over_for_the_one_before(tmp_path):
 
 def test_metrics_forget_the_steps_that_are_done_again(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    first = training.Metrics(path, "lora", 0)
-    training.Metrics(path, "other", 0).add(7, loss=1.0)
+    first = runs.Metrics(path, "lora", 0)
+    runs.Metrics(path, "other", 0).add(7, loss=1.0)
     for step in range(5):
         first.add(step, loss=float(step))
     with path.open("a") as file:
         file.write('{"stage": "lora", "step": 5, "lo')  # killed here
-    again = training.Metrics(path, "lora", 3)
+    again = runs.Metrics(path, "lora", 3)
     assert again.curve("loss") == [(0, 0.0), (1, 1.0), (2, 2.0)]
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(row["stage"], row["step"]) for row in rows] == [
@@ -161,14 +161,14 @@ def test_metrics_forget_the_steps_that_are_done_again(tmp_path):
 def test_a_signal_ends_the_step_saves_and_exits(tmp_path, monkeypatch, number):
     config = replace(CONFIG, steps=8, save_every=100)
     train(tmp_path / "whole", replace(config, save_every=8))
-    update = training.Run.update
+    update = runs.Run.update
 
     def interrupted(self, *args):
         if self.step == 3 and not self.out.name.startswith("whole"):
             os.kill(os.getpid(), number)
         update(self, *args)
 
-    monkeypatch.setattr(training.Run, "update", interrupted)
+    monkeypatch.setattr(runs.Run, "update", interrupted)
     before = signal.getsignal(number)
     with pytest.raises(SystemExit) as end:
         train(tmp_path / "stopped", config)
@@ -180,13 +180,13 @@ def test_a_signal_ends_the_step_saves_and_exits(tmp_path, monkeypatch, number):
 
 
 def test_a_signal_during_the_last_save_is_heard(tmp_path, monkeypatch):
-    save = training.Run.save
+    save = runs.Run.save
 
     def interrupted(self, step):
         save(self, step)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(training.Run, "save", interrupted)
+    monkeypatch.setattr(runs.Run, "save", interrupted)
     with pytest.raises(SystemExit) as end:
         train(tmp_path, replace(CONFIG, steps=2, save_every=100))
     assert end.value.code == 128 + signal.SIGTERM and int(state(tmp_path)[1]["step"]) == 2
@@ -204,7 +204,7 @@ def test_what_is_trained_is_not_trained_again_for_its_report(tmp_path, monkeypat
         run_main(align, patch, capsys, *flags)
     assert (tmp_path / "align.safetensors").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(training.Run, "update", None)  # no step is left
+        patch.setattr(runs.Run, "update", None)  # no step is left
         assert run_main(align, patch, capsys, *flags)["scores"]
     assert not list(tmp_path.glob("*.progress-*"))
 
@@ -217,7 +217,7 @@ def test_progress_on_other_pictures_is_refused(tmp_path):
 
 
 def test_a_second_ctrl_c_does_not_wait():
-    with training.Stop() as stop:
+    with runs.Stop() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # within a second: torchrun's copy of the first
         stop.time -= 2
@@ -268,16 +268,16 @@ def test_ten_steps_in_a_row_that_are_not_finite_stop_the_run(tmp_path):
 
 
 def test_a_folder_takes_one_run_at_a_time(tmp_path):
-    with training.locked(tmp_path):
+    with runs.locked(tmp_path):
         with pytest.raises(UserError, match=f"process {os.getpid()} on {socket.gethostname()}"):
-            with training.locked(tmp_path):
+            with runs.locked(tmp_path):
                 pass
     left = [tmp_path / ".tmp-x.safetensors", tmp_path / ".tmpAb3xYz"]  # ours, safetensors'
     left.append(tmp_path / "cache" / "0a" / ".tmpQ1w2E3")
     left[-1].parent.mkdir(parents=True)
     for file in left:
         file.write_text("half")
-    with training.locked(tmp_path):
+    with runs.locked(tmp_path):
         assert not any(file.exists() for file in left)
 
 
@@ -289,8 +289,8 @@ def test_a_folder_is_named_after_the_whole_model():
         "weights/flux1-dev.safetensors": "flux1-dev",
     }
     for model, folder in names.items():
-        assert training.folder_of(align.Config(model=model)) == Path("runs") / folder
-    assert training.folder_of(align.Config(out="here")) == Path("here")
+        assert runs.folder_of(align.Config(model=model)) == Path("runs") / folder
+    assert runs.folder_of(align.Config(out="here")) == Path("here")
 
 
 @pytest.mark.parametrize("config", [
@@ -300,8 +300,8 @@ def test_a_folder_is_named_after_the_whole_model():
 ])  # fmt: skip
 def test_a_flag_that_no_run_can_have_is_refused(config):
     with pytest.raises(UserError, match=r"^--[a-z-]+ \S+( on 1 GPUs)?: wanted"):
-        training.check_flags(config)
-    training.check_flags(type(config)())
+        runs.check_flags(config)
+    runs.check_flags(type(config)())
 
 
 def test_a_machine_without_git_can_save(monkeypatch):
@@ -309,7 +309,7 @@ def test_a_machine_without_git_can_save(monkeypatch):
         raise FileNotFoundError("git")
 
     monkeypatch.setattr(subprocess, "run", absent)
-    assert training.commit() == ""
+    assert runs.commit() == ""
 
 
 # ---- the same result, with less memory or more processes
@@ -320,7 +320,7 @@ def test_passes_and_recomputation_change_memory_and_not_the_result(tmp_path):
     whole = train(tmp_path / "whole", config)
     parts = train(tmp_path / "parts", replace(config, micro_batch=1))
     model = fresh_model()
-    training.ready_blocks(align.blocks(model), replace(config, checkpointing=True))
+    runs.ready_blocks(align.blocks(model), replace(config, checkpointing=True))
     align.train_doors(model, tiny_pictures(), config, 2.0, CPU, tmp_path / "again")
     for name, p in align.trained(model).items():
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6)
@@ -333,14 +333,14 @@ def worker(rank: int, world: int, port: int, out: Path, config) -> None:
         "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    device = training.start("cpu")
+    device = runs.start("cpu")
     model = fresh_model()
     if rank:  # another start: the first process's is what counts
         model.img_in.reset_parameters()
     align.train_doors(model, tiny_pictures(), config, 2.0, device, out)
     loss = align.held_out_loss(model, tiny_pictures(), config, 2.0, device)
     weights.save(out / f"{rank}.safetensors", align.trained(model), {"loss": str(loss)})
-    training.finish()
+    runs.finish()
 
 
 @pytest.mark.parametrize("world, batch", [(2, 4), (3, 4)])
@@ -380,7 +380,7 @@ def test_the_count_on_the_meta_device_is_the_arithmetic(tmp_path):
     with torch.device("meta"):
         layer = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
         tokens = torch.empty(10, 64)
-    cost = training.count(lambda: layer(tokens).sum(), layer, [layer])
+    cost = runs.count(lambda: layer(tokens).sum(), layer, [layer])
     matmul = 2 * 10 * 64 * 256
     assert cost.forward == 2 * matmul and cost.backward == 3 * matmul  # no gradient of the input
     # The input, the first layer's output (for the GELU) and the GELU's (for the second layer).
@@ -503,7 +503,7 @@ def test_blocks_are_compiled_for_steps_and_nothing_else(tmp_path, monkeypatch):
     config, pictures, model = replace(CONFIG, steps=3), tiny_pictures(), fresh_model()
     align.train_doors(model, pictures, config, 2.0, CPU, tmp_path / "plain")
     model = fresh_model()
-    training.ready_blocks(align.blocks(model), replace(config, compile=True))
+    runs.ready_blocks(align.blocks(model), replace(config, compile=True))
     torch._dynamo.utils.counters.clear()
     align.train_doors(model, pictures, config, 2.0, CPU, tmp_path / "compiled")
     assert losses(tmp_path / "compiled") == losses(tmp_path / "plain")
@@ -550,7 +550,7 @@ def test_gradients_in_bf16_are_those_of_fp32(tokens):
     for name, p in model.named_parameters():
         if name.endswith("lora_B"):
             nn.init.normal_(p, std=0.1)
-    training.ready_blocks(align.blocks(model), config)
+    runs.ready_blocks(align.blocks(model), config)
 
     def draw(*shape):
         return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))

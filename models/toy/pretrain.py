@@ -1,6 +1,6 @@
 """How the toy's weights were trained: autoencoders, a FLUX whose guidance is distilled, a SANA.
 
-What    python -m models.pretrain flux-vae | dc-ae-f32c32 | dc-ae-f64c128 | flux | sana | score
+What    python -m models.toy.pretrain flux-vae | dc-ae-f32c32 | dc-ae-f64c128 | flux | sana | score
         Every file in models/toy/ but those of align.py and lora.py is made by one of these, on a
         GPU in minutes; torchrun --nproc-per-node 4 -m models.pretrain flux on several.
 Why     Small instances of the real classes, good enough that what DC-Gen does to them is seen.
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcae import DCAE
-from models import training, weights
+from models import runs, script, weights
 from models.flux import Flux, sinusoid
 from models.sana import QK_NORM, Sana
 from models.text import SanaToyText, ToyText
@@ -42,7 +42,7 @@ from models.toy import (
 from models.vae import FluxVAE
 from sample import MODELS
 
-HERE = Path(__file__).parent / "toy"
+HERE = Path(__file__).parent
 
 
 def compiled(function):
@@ -98,7 +98,7 @@ def train(
             torch._foreach_add_(averages, moves)
 
     # The rehearsals are at rate 0: nothing moves yet.
-    differentiate, update = (training.captured(step) for step in (differentiate, update))
+    differentiate, update = (runs.captured(step) for step in (differentiate, update))
     start, steps, kept = time.time(), 0, time.time()
     done = torch.zeros((), device=device)
     while done < 1:
@@ -154,7 +154,7 @@ def train_autoencoder(
     autoencoder: nn.Module, seconds: float, args, decoder_only: bool
 ) -> nn.Module:
     """L1, five times heavier near edges, + squared error; noisy latents; legible latents."""
-    device = weights.pick_device()
+    device = script.pick_device()
     scenes = on_device(draw_scenes(200_000, seed=1), device)
     autoencoder = autoencoder.to(device, memory_format=torch.channels_last)
     autoencoder.encoder.requires_grad_(not decoder_only)
@@ -342,7 +342,7 @@ def write(name: str, module: nn.Module, folder: Path) -> None:
     tensors = {k: v.detach().half().cpu().contiguous() for k, v in module.state_dict().items()}
     header = dict(
         config=json.dumps(CONFIGS[name]),
-        command="python -m models.pretrain " + " ".join(sys.argv[1:]),
+        command="python -m models.toy.pretrain " + " ".join(sys.argv[1:]),
     )
     weights.save(folder / f"{name}.safetensors", tensors, header)
 
@@ -387,7 +387,7 @@ def main() -> None:
 
 
 def make_base(args) -> None:
-    device = weights.pick_device()
+    device = script.pick_device()
     autoencoder = FluxVAE.from_pretrained(args.out / "flux-vae.safetensors", device)
     flux, text = Flux(**CONFIGS["flux"]).to(device), ToyText(**CONFIGS["text"]).to(device)
     if args.resume:
@@ -407,7 +407,7 @@ def make_base(args) -> None:
 
 def make_sana(args) -> None:
     """The second base: SANA on f32 latents. It reads with the first one's encoder, as that is."""
-    device = weights.pick_device()
+    device = script.pick_device()
     autoencoder = DCAE.from_pretrained(part("dc-ae-f32c32", args), device)
     # Frozen, but in training mode, where torch's encoder takes no short cut that is not compiled.
     text = ToyText.from_pretrained(part("text", args), device).train()
@@ -445,7 +445,7 @@ def make_autoencoder(args) -> None:
 
 def print_scores(args) -> None:
     """The figures of what is in args.out, a line each."""
-    device = weights.pick_device()
+    device = script.pick_device()
     for what, cls in {"flux-vae": FluxVAE, "dc-ae-f32c32": DCAE, "dc-ae-f64c128": DCAE}.items():
         file = args.out / f"{what}.safetensors"
         if args.what == "score" and file.exists():  # making one has printed them
@@ -469,4 +469,4 @@ def print_scores(args) -> None:
 
 
 if __name__ == "__main__":
-    weights.run(main)
+    script.exit_cleanly(main)

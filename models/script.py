@@ -1,0 +1,104 @@
+"""What every script needs: one sentence for the user's mistake, a command line, a device, a dtype."""
+
+import argparse
+import errno
+import inspect
+import re
+import sys
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+
+import torch
+
+
+class UserError(ValueError):
+    """The user's mistake, told in one sentence: what we got, what we wanted, the cure."""
+
+
+def exit_cleanly(main: Callable[[], None]) -> None:
+    """Run a script's main: a user's mistake is one line and exit code 2, Ctrl-C is 130."""
+    try:
+        main()
+    except UserError as error:
+        sentence = str(error)
+    except torch.OutOfMemoryError as error:
+        sentence = (
+            f"{str(error).split('. ')[0]}: a smaller picture or batch, or --dtype bf16, may fit; "
+            f"in training --micro-batch 1 --checkpointing"
+        )
+    except OSError as error:  # a picture, a line of metrics.jsonl: what is larger is checked first
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        sentence = (
+            f"{error.filename or 'a file'} cannot be written ({error.strerror}): free some room or "
+            f"name another --out; the last progress saved is sound"
+        )
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # a CPU's way to say it
+            raise
+        sentence = "out of memory: a smaller picture or batch may fit"
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    else:
+        return
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def parse_config(
+    cls: type, doc: str, argv: Sequence[str] | None = None, defaults: dict | None = None
+):
+    """Flags from a dataclass: `doc` and the comments behind its fields are the help.
+
+    A field without default is a positional argument; `from_` is the flag --from. `defaults` stand
+    for the fields' own.
+    """
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    text = "\n".join(inspect.getsource(part) for part in cls.__mro__[:-1])
+    notes = dict(re.findall(r"^    (\w+):.*?  # (.*)$", text, re.MULTILINE))
+    for field in fields(cls):
+        kind, note = field.type, notes.get(field.name, "").replace("%", "%%")
+        if isinstance(kind, types.UnionType):  # str | None
+            kind = next(t for t in kind.__args__ if t is not types.NoneType)
+        if field.default is MISSING:
+            parser.add_argument(field.name, type=kind, help=note)
+            continue
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        default = (defaults or {}).get(field.name, field.default)
+        if default not in ("", None) and kind is not bool:
+            note = f"{note} (default: %(default)s)"
+        flag = "--" + field.name.strip("_").replace("_", "-")
+        parser.add_argument(flag, dest=field.name, default=default, help=note, **how)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def pick_device(name: str = "") -> torch.device:
+    """The named device, or the best one here: CUDA, then Apple's MPS, then the CPU."""
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    available = [kind for kind, count in counts.items() if count] + ["cpu"]
+    if not name:
+        return torch.device(available[0])
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name!r} is no device; here: {', '.join(available)}") from None
+    if device.type not in available or (device.index or 0) >= counts.get(device.type, 1):
+        raise UserError(f"--device {name} is not available; here: {', '.join(available)}")
+    if device.index:  # kernels and graphs go to the current one
+        torch.cuda.set_device(device)
+    return device
+
+
+def pick_dtype(name: str, flag: str = "--dtype") -> torch.dtype:
+    short = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    kinds = short | {str(kind).removeprefix("torch."): kind for kind in short.values()}
+    if name not in kinds:
+        raise UserError(f"{flag} {name!r} is unknown; one of {', '.join(short)}")
+    return kinds[name]
