@@ -1,29 +1,29 @@
 """Embedding alignment: stages 1 and 2 of moving a diffusion transformer to another autoencoder.
 
-What    python align.py, then python lora.py. Gives a pretrained FLUX or SANA two new doors: an
-        embedder that reads the latents of a deep-compression autoencoder, and an output head that
-        writes them. The blocks between stay frozen: they hold what the model knows.
+What    python align.py, then python lora.py. Gives a pretrained FLUX or SANA a new embedder, which
+        reads the latents of a deep-compression autoencoder, and a new output head, which writes
+        them. The blocks between stay frozen: they hold what the model knows.
 Why     A fresh embedder feeds those blocks noise. Fine-tuning then first destroys what they know,
         and the paper's models without alignment never recover (FID 456 against 8 on DiT-XL).
-How     Stage 1: the new embedding of an image is to be the base's, averaged over the base tokens
-        that one new token covers,
+How     Stage 1: the new embedding of an image has to equal the base's, averaged over the base
+        tokens that one new token covers,
             L = E || embed(latents) - pool(embed_base(base_latents)) ||^2                      (1)
         Stage 2: embedder and head together, blocks frozen, by flow matching,
             noisy = (1 - t) latents + t noise,
             L = E || v(noisy, t, text) - (noise - latents) ||^2                                (2)
         FLUX.1-dev and Krea take the guidance g as an input and return the guided velocity
-            v(text, g) = g v(text) - (g - 1) v(null).
-        That is not what noise - latents is the mean of, so (2) is applied to the velocity recovered
+            v(text, g) = g v(text) - (g - 1) v(null),   so v(null, g) = v(null).
+        That is not what noise - latents is the mean of, so (2) is applied to the recovered velocity
             v(text) = [v(text, g) + (g - 1) v(null, g)] / g                                      (3)
-        from two passes, the second without a gradient: empty captions among the data train it.
-        Applied to v(text, g) itself, (2) would unlearn the guidance. SANA takes no g: the sampler
-        extrapolates from v(null) to v(text), and (2) is applied as it stands to both.
-Cost    The toy: see the README. Only the doors have gradients to keep: 0.1 M of 4 M parameters.
+        from two passes. The one with the empty caption has no gradient: rows whose caption is
+        dropped train it. Applied to v(text, g) itself, (2) would unlearn the guidance. SANA takes
+        no g: the sampler extrapolates from v(null) to v(text), and (2) is applied as it stands.
+Cost    The toy: two minutes on two CPU cores. FLUX.1 (12 B) at 1024 x 1024: 24 GiB of a GPU.
+Saves   runs/<model>/align.safetensors: embedder and head, and in its header the base, the
+        autoencoder, the timestep shift and the flags. lora.py goes on from it.
 Source  DC-Gen, arXiv 2509.25180: embedding alignment, and eq. 3-7 with w = g - 1.
 Differs Stage 1 sees clean latents only: with independent noise on both sides (1) becomes a ridge
-        that shrinks the embedder. `position_stride` puts a new token at the centre of the base
-        tokens it covers, on the toy only: the paper's models keep plain positions. Without a
-        gradient for v(null, g) in (3) a step costs a third less, and teaches the toy as much.
+        regression that shrinks the embedder. The README lists all differences.
 """
 
 import copy
@@ -39,214 +39,48 @@ from torch import Tensor, nn
 
 import dcae
 import sample
-from models import data, runs, script, text, toy, vae, weights
-from models.data import Batch, Pictures, example, parts
-from models.flux import Flux
-from models.script import UserError
+from models import data, registry, runs, toy
+from models.data import Batch, Dataset
+from models.registry import Spec
+from models.script import UserError, exit_cleanly, parse_config
 
 
 @dataclass(frozen=True)
-class Config(runs.Options):
-    model: str = "flux-toy"  # the base: a name in sample.MODELS or a path
+class Config:
+    model: str = "flux-toy"  # the base: a name in registry.MODELS or a path
     autoencoder: str = ""  # the new latent space: a preset or a path; "": for the toys, DEEPER
     data: str = ""  # a folder of images with same-stem .txt captions; "": the toy world
     weights: str = ""  # a folder to look in instead of the hub
     resolution: int = 0  # pixels, height = width; 0: the model's own
     scenes: int = 3072  # toy pictures to draw when there is no data
-    embed_steps: int = 400  # stage 1
-    embed_lr: float = 3e-2  # cosine to zero, as below
+    embed_steps: int = 400  # stage 1, at ten times --lr
     embed_batch: int = 256  # no block runs in stage 1, so a batch costs next to nothing
     steps: int = 200  # stage 2
-    lr: float = 3e-3
-    batch_size: int = 32
-    guidance_max: float = 5.0  # guidance is drawn from [1, this]; eq. (3)
-    dropout: float = 0.1  # share of captions emptied: pins down v(null, g)
-    shift: float = 2.0  # timestep shift of the new model, trained and sampled; 0: its schedule's
-    position_stride: int = 0  # of new tokens, in base tokens; 0: 1, or on the toy what one covers
+    lr: float = 3e-3  # cosine to zero
+    batch_size: int = 32  # of all GPUs together
+    micro_batch: int = 0  # pictures a GPU takes at once; 0: its share of the batch
+    shift: float = 2.0  # of timesteps, in training and sampling; 0: that of the base's schedule
+    ema: float = 0.0  # decay of a moving average, e.g. 0.999, which is then what is saved; 0: none
     per_task: int = 12  # toy prompts of each task to score by; 0: none
     save_every: int = 100  # steps, so that an interrupted run goes on
     seed: int = 0
     device: str = ""  # "": cuda, then mps, then cpu
+    dtype: str = ""  # of frozen weights and encoders: fp32, bf16; "": fp32 for toys and on a CPU
     out: str = ""  # "": runs/<model>
 
 
-# Which latent space follows on which, where --autoencoder names none.
-DEEPER = {"flux-vae-toy": "dc-ae-f32c32-toy", "dc-ae-f32c32-toy": "dc-ae-f64c128-toy"}
-
 # For official models, unless flags say otherwise. Steps as in the paper, the rest is customary.
 LARGE = dict(
-    embed_steps=2000, embed_lr=1e-3, embed_batch=64, steps=10_000, lr=1e-4, shift=0.0,
-    micro_batch=2, checkpointing=True, warmup=200, save_every=500, preview_every=1000,
+    embed_steps=2000, embed_batch=64, steps=10_000, lr=1e-4, shift=0.0, micro_batch=2,
+    save_every=500,
 )  # fmt: skip
-
-
-def settle_autoencoder(config):
-    """config with --autoencoder filled in. UserError: --model is no base."""
-    spec = sample.describe(config.model)
-    if spec.get("is_run"):
-        raise UserError(
-            f"--model {config.model} is a run of ours, which needs its base: wanted a full "
-            f"model, such as the transformer that `python lora.py --export diffusers` writes"
-        )
-    own = spec["autoencoder"]
-    name = config.autoencoder or DEEPER.get(own)
-    if not name:
-        raise UserError(
-            f"--autoencoder is missing: wanted the one that {config.model} is to move to from "
-            f"{own}, one of {', '.join(dcae.PRESETS)}, or a path"
-        )
-    return replace(config, autoencoder=name)
-
-
-# ---- data
-
-
-def open_source(config, size: int, factor: int, out: Path, device: torch.device):
-    """Anything with captions, images(rows) and a key: a folder of the user's, or the toy world."""
-    if config.data:
-        notes = out / "cache" / "scan.json"
-        source = runs.on_first(lambda: data.open_folder(config.data, size, factor, notes))
-        source = data.shuffled(source)
-        print(data.describe(source))
-        if source.left_out and runs.rank() == 0:
-            print(f"all of them: {data.write_left_out(source, out / 'left_out.txt')}")
-    else:
-        if size != toy.SIZE:
-            raise UserError(
-                f"--resolution {size}: scenes are drawn {toy.SIZE} pixels a side: leave it out, or "
-                f"name a folder of pictures, --data"
-            )
-        source = toy.Source(config.scenes, seed=1000 + config.seed, device=device)
-    if len(source) < data.FEWEST:
-        where = "in --data" if config.data else "--scenes"
-        raise UserError(
-            f"{len(source)} pictures; at least {data.FEWEST} are needed to train, {where}"
-        )
-    return source
-
-
-def open_autoencoder(name: str, config, device, dtype) -> data.Encoder:
-    """What the cache must know of an autoencoder, which is loaded only if there is work for it."""
-    path, preset = weights.locate(name, dcae.PRESETS | vae.PRESETS, config.weights or None, "vae")
-    checkpoint = weights.open_checkpoint(path, "vae")
-    identity = data.digest(data.file_digest(checkpoint.path), checkpoint.config or preset)
-
-    def load() -> nn.Module:
-        return sample.load_autoencoder(name, config.weights, device, dtype)
-
-    return data.Encoder(name, identity, load, device, dtype)
-
-
-def prepare(config, spec: dict, names: list[str], source, out: Path, device, dtype) -> Pictures:
-    """Every image through each of the named autoencoders (the last one is new), and captions."""
-    captions = source.captions
-    if spec["text"] == "toy":
-        captions = [toy.known_words(caption) for caption in captions]
-        counts = [sum(len(line.split()) for line in lines) for lines in (captions, source.captions)]
-        if counts[0] < counts[1]:
-            print(f"the toy's text encoder knows {counts[0]} of {counts[1]} words")
-    cache = out / "cache"
-    words = (sample.text_kind(spec), sample.text_source(spec, config.weights))
-    words = data.encode_captions(*words, captions, cache, device, dtype)
-    encoders = [open_autoencoder(name, config, device, dtype) for name in names]
-    latents = data.encode(source, encoders, cache)
-    return data.assemble(source, captions, latents, words, guided=not sample.is_sana(spec))
-
-
-def draw_batch(
-    pictures: Pictures, config, shift: float, step: int, device, held_out: Tensor | None = None
-) -> Batch:
-    """Batch `step` of the run: a function of the seed and the step alone, so a run can go on.
-
-    Drawn on the CPU: the same batch on every device; of several processes each takes its share.
-    held_out: the same for these rows.
-    """
-    generator = torch.Generator("cpu").manual_seed(config.seed * 1_000_003 + step)
-    size = config.batch_size if held_out is None else len(held_out)
-    rows = pictures.draw(size, generator)
-    rows = rows if held_out is None else held_out
-    timestep = torch.randn(size, generator=generator).sigmoid()
-    timestep = sample.shifted(timestep, shift)  # as far into the noise as the sampler goes
-    share = slice(runs.rank(), None, runs.world())
-    latents = pictures.latents[rows[share]]
-    noise = torch.randn(size, *latents.shape[1:], generator=generator)
-    guidance = 1 + (config.guidance_max - 1) * torch.rand(size, generator=generator)
-    dropped = torch.rand(size, generator=generator) < (config.dropout if held_out is None else 0)
-    noise, timestep, guidance, dropped = (n[share] for n in (noise, timestep, guidance, dropped))
-    null_cond = tuple(c.expand(len(noise), *c.shape[1:]) for c in pictures.null_cond)
-    cond = tuple(c[pictures.caption[rows[share]]] for c in pictures.cond)
-    cond = tuple(
-        torch.where(dropped.view(-1, *[1] * (c.dim() - 1)), n, c) for c, n in zip(cond, null_cond)
-    )
-    guidance = guidance if pictures.guided else None
-    whole = Batch(latents.float(), noise, timestep, cond, null_cond, guidance, rows)
-    return whole.part(slice(None), device)
-
-
-# ---- model
-
-
-def transplant(base: nn.Module, latent_channels: int, position_stride: int) -> nn.Module:
-    """The base with new doors for latents of `latent_channels`; everything between is shared.
-
-    The head starts at zero: a model that says nothing is better than one that says noise.
-    The doors are fp32, whatever the base is: they are to be trained.
-    """
-    changed = {"in_channels": latent_channels, "out_channels": None}
-    if isinstance(base, Flux):
-        changed["position_stride"] = position_stride
-    with torch.device("meta"):
-        model = type(base)(**base.config | changed)
-    new_embedder, new_head = embedder(model), model.final_layer.linear
-    for name, child in base.named_children():
-        if any(True for _ in child.parameters()):  # not the positions: they are by the new config
-            setattr(model, name, child)
-    setattr(model, embedder_name(model), new_embedder)
-    model.final_layer = copy.deepcopy(base.final_layer).float()
-    model.final_layer.linear = new_head
-    for door in (new_embedder, new_head):
-        door.to_empty(device=next(base.parameters()).device)
-        for layer in door.modules():
-            if hasattr(layer, "reset_parameters"):
-                layer.reset_parameters()
-    nn.init.zeros_(new_head.weight)
-    nn.init.zeros_(new_head.bias)
-    return model
-
-
-def own_stride(spec: dict, base: nn.Module, old: nn.Module, new: nn.Module) -> int:
-    """Base tokens a side under one new token, as far as its position is concerned.
-
-    The toy's base knows one resolution: a new token sits amid those that it covers. Official bases
-    know many, and positions stay as they are, as in the paper: spread over 4096 pixels they would
-    run to 254, and FLUX.1, trained up to 2 megapixels, knows some 90 a side.
-    """
-    own = base.config.get("position_stride", 1)
-    if spec["text"] != "toy":
-        return own
-    return own * max(new.stride // (old.stride * base.patch_size), 1)
-
-
-def embedder_name(model: nn.Module) -> str:
-    return "img_in" if isinstance(model, Flux) else "x_embedder"
-
-
-def embedder(model: nn.Module) -> nn.Module:
-    return getattr(model, embedder_name(model))
-
-
-def doors(model: nn.Module) -> list[nn.Module]:
-    return [embedder(model), model.final_layer]
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    if isinstance(model, Flux):
-        return [*model.double_blocks, *model.single_blocks]
-    return [*model.blocks]
-
-
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+DROPOUT = 0.1  # share of captions emptied: they train v(null, g)
+GUIDANCE = (1.0, 5.0)  # the guidance of eq. (3) is drawn from this interval
+CLIP = 1.0  # largest norm of a gradient
+ADAMW = dict(betas=(0.9, 0.99), weight_decay=0.0)
+WARMUP = 200  # steps over which the learning rate rises, in runs of 5,000 steps and more
+# The next deeper latent space, for the toys.
+DEEPER = {"flux-vae-toy": "dc-ae-f32c32-toy", "dc-ae-f32c32-toy": "dc-ae-f64c128-toy"}
 
 
 # ---- objective
@@ -255,7 +89,7 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 def alignment_loss(
     model: nn.Module, base: nn.Module, latents: Tensor, base_latents: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """eq. (1), and its target, (B, N, D)."""
+    """eq. (1), and its target (B, N, D)."""
     grid = [n // base.patch_size for n in base_latents.shape[2:]]
     target = base.embed(base_latents).mT.unflatten(2, grid)  # (B, D, h, w) in base tokens
     target = F.adaptive_avg_pool2d(target, latents.shape[2:]).flatten(2).mT  # (B, N, D)
@@ -263,10 +97,7 @@ def alignment_loss(
 
 
 def recovered_velocity(model: nn.Module, noisy: Tensor, batch: Batch) -> Tensor:
-    """eq. (3): the conditional velocity of a guidance-distilled model.
-
-    v(null, g) is taken as it is, without a gradient: the captions that are dropped train it.
-    """
+    """eq. (3): the conditional velocity (B, C, h, w) of a guidance-distilled model."""
     with torch.no_grad():
         without = model(noisy, batch.timestep, *batch.null_cond, batch.guidance).float()
     with_text = model(noisy, batch.timestep, *batch.cond, batch.guidance).float()
@@ -281,110 +112,193 @@ def flow_loss(model: nn.Module, batch: Batch, recover: bool) -> Tensor:
     if recover:
         velocity = recovered_velocity(model, noisy, batch)
     else:
-        scale = () if batch.guidance is None else (batch.guidance,)
-        velocity = model(noisy, batch.timestep, *batch.cond, *scale).float()
+        guidance = () if batch.guidance is None else (batch.guidance,)
+        velocity = model(noisy, batch.timestep, *batch.cond, *guidance).float()
     return F.mse_loss(velocity, batch.noise - batch.latents)
 
 
-@torch.no_grad()
-@runs.eager
-def held_out_loss(model: nn.Module, pictures: Pictures, config, shift: float, device) -> float:
-    """Flow-matching loss on unseen pictures, at 8 fixed draws of noise, timestep and guidance."""
-    fixed = replace(config, seed=0)
-    n, loss = len(pictures.latents) - len(pictures), 0.0
-    for i in range(8):
-        for rows in pictures.held_out:
-            if runs.rank() >= len(rows):  # none of these is this process's
-                continue
-            batch = draw_batch(pictures, fixed, shift, i, "cpu", held_out=rows)
-            for part, share in parts(batch, config.micro_batch, device):
-                with runs.autocast(model, device):
-                    value = flow_loss(model, part, takes_guidance(model)).item()
-                loss += value * share * (len(rows) / n)
-    return runs.total(loss, device) / 8
+# ---- model
 
 
-@torch.no_grad()
-@runs.eager
-def feature_distance(
-    model: nn.Module, base: nn.Module, pictures: Pictures, config, device, n: int = 8
-) -> list[float]:
-    """Mean squared distance of the two models' image tokens after each block, on unseen pictures.
+def transplant(base: nn.Module, latent_channels: int, position_stride: int = 1) -> nn.Module:
+    """The base with a new embedder and head for `latent_channels`; all between them is shared.
 
-    The base's are averaged over those that one new token covers, as in eq. (1). Both see the clean
-    latents of the same picture (t = 0): the paper's figure for what alignment does.
+    The head starts at zero: a model that predicts nothing is better than one that predicts noise.
+    It keeps the base's modulation. Both are trained, so they are in fp32 whatever the base is.
+    position_stride: base tokens a side between two new tokens, for the positions of FLUX.
     """
-    rows, total = pictures.held_out[0][:n], 0.0
-    for row in rows.split(1):
-        latents = pictures.latents[row].float().to(device)
-        base_latents = pictures.base_latents[row].float().to(device)
-        cond = [c[pictures.caption[row]].to(device) for c in pictures.cond]
-        cond += [torch.ones(1, device=device)] if pictures.guided else []
-        ours, theirs = (
-            features(network, z, cond, latents.shape[2:])
-            for network, z in ((model, latents), (base, base_latents))
-        )
-        total = total + torch.stack([F.mse_loss(a, b) for a, b in zip(ours, theirs)])
-    return (total / len(rows)).tolist()
+    changed = {"in_channels": latent_channels, "out_channels": None}
+    if "position_stride" in base.config:
+        changed["position_stride"] = position_stride
+    with torch.device("meta"):
+        model = type(base)(**base.config | changed)
+    embedder, linear = model.embedder, model.head.linear
+    for layer in (*embedder.modules(), linear):
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            layer.to_empty(device=next(base.parameters()).device)
+            layer.reset_parameters()
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    for name, child in base.named_children():
+        if child is base.embedder or not [*child.parameters()]:
+            continue  # the new embedder stays; positions follow the new config
+        if child is base.head:
+            child = copy.deepcopy(child).float()
+            child.linear = linear
+        setattr(model, name, child)
+    return model
 
 
-def features(model: nn.Module, latents: Tensor, cond: list, size: torch.Size) -> list[Tensor]:
-    """(1, D, h, w) of the image tokens after each block, averaged to this size, in fp32."""
-    grid, kept = [side // model.patch_size for side in latents.shape[2:]], []
+def choose_trained(model: nn.Module) -> None:
+    """The embedder and the head are trained, all else is frozen."""
+    model.requires_grad_(False)
+    model.embedder.requires_grad_(True)
+    model.head.requires_grad_(True)
 
-    def keep(_block, _inputs, out) -> None:
-        # FLUX's double blocks return (image, text), its single blocks have the text in front.
-        tokens = (out[0] if isinstance(out, tuple) else out)[:, -math.prod(grid) :]
-        kept.append(F.adaptive_avg_pool2d(tokens.float().mT.unflatten(2, grid), size))
 
-    hooks = [block.register_forward_hook(keep) for block in blocks(model)]
-    with runs.autocast(model, latents.device):
-        model(latents, torch.zeros(1, device=latents.device), *cond)
-    for hook in hooks:
-        hook.remove()
-    return kept
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+# ---- data
+
+
+def draw_batch(
+    pictures: Dataset, config, spec: Spec, step: int, held_out: Tensor | None = None
+) -> Batch:
+    """Batch `step`, on the CPU: a function of the seed and the step alone, for any device.
+
+    Of several processes each takes its share of the rows. held_out: these rows instead, with all
+    captions kept.
+    """
+    generator = torch.Generator("cpu").manual_seed(config.seed * 1_000_003 + step)
+    size = config.batch_size if held_out is None else len(held_out)
+    rows = pictures.draw(size, generator)  # advances the generator even where it is not used
+    rows = rows if held_out is None else held_out
+    mine = slice(runs.rank(), None, runs.world())  # this process's share
+    latents = pictures.latents[rows[mine]].float()
+    timestep = torch.randn(size, generator=generator).sigmoid()  # logit-normal
+    timestep = sample.shifted(timestep, spec.shift)  # by the ratio that sampling uses
+    noise = torch.randn(size, *latents.shape[1:], generator=generator)
+    guidance = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * torch.rand(size, generator=generator)
+    dropped = torch.rand(size, generator=generator) < (DROPOUT if held_out is None else 0)
+
+    text = tuple(embeddings[pictures.caption[rows[mine]]] for embeddings in pictures.cond)
+    null = tuple(one.expand(len(latents), *one.shape[1:]) for one in pictures.null_cond)
+    cond = tuple(torch.where(dropped[mine].view(-1, *[1] * (n.dim() - 1)), n, c)
+                 for c, n in zip(text, null))  # fmt: skip
+    return Batch(
+        latents=latents,
+        noise=noise[mine],
+        timestep=timestep[mine],
+        cond=cond,
+        null_cond=null,
+        guidance=guidance[mine] if pictures.guidance_is_input else None,
+        rows=rows,
+    )
 
 
 # ---- train
 
+# What the loops call stands in models/runs.py and models/data.py:
+#   Run.steps       yields the steps that are left; saves every --save-every steps and after Ctrl-C
+#                   or SIGTERM. The same command goes on there; with other flags it is refused.
+#   Run.is_finite   False where loss or gradient is NaN or Inf: the step is skipped and its pictures
+#                   are named. The tenth such step in a row ends the run.
+#   Run.done        puts the moving average (--ema) in the place of the parameters
+#   Batch.split     micro-batches, and the weight of each one in the loss of the whole batch
+#   sum_over_gpus   each GPU holds the whole model and differentiates its share of the batch
+#   autocast        bf16 matrix products where the frozen weights are bf16
+#   compiled, ahead on a GPU: CUDA graphs for toys; the next batch is drawn meanwhile
+
 
 def cosine(step: int, steps: int, peak: float) -> float:
-    return peak * 0.5 * (1 + math.cos(math.pi * step / steps))
+    """The learning rate: it rises over WARMUP steps in a long run, and falls to zero."""
+    warmup = WARMUP if steps >= 5000 else 0
+    rise = min(1.0, (step + 1) / (warmup + 1))
+    return peak * rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def takes_guidance(model: nn.Module) -> bool:
-    """Guidance-distilled: its velocity is to be recovered by eq. (3)."""
+    """Guidance-distilled: eq. (3) recovers its conditional velocity."""
     return model.config["guidance_embeds"]
 
 
-def train_embedder(
-    model: nn.Module, base: nn.Module, pictures: Pictures, config, device, out: Path
-) -> float:
-    """Stage 1. Returns the share of the pooled base embedding's variance that is explained."""
-    parameters = {f"{embedder_name(model)}.{n}": p for n, p in embedder(model).named_parameters()}
-    optimizer = runs.adamw([{"params": [*parameters.values()]}])
-    run = runs.Run("align-1", parameters, optimizer, config, out, origin=pictures.key)
-    share = slice(runs.rank(), None, runs.world())
+def train_embedder(model: nn.Module, base: nn.Module, pictures: Dataset, config: Config) -> None:
+    """Stage 1: the embedder alone, by eq. (1). No block runs."""
+    parameters = [*model.embedder.parameters()]
+    optimizer = torch.optim.AdamW(parameters, **ADAMW, fused=parameters[0].is_cuda)
+    names = dict(model.embedder.named_parameters())
+    run = runs.Run("align-1", names, optimizer, config, pictures.key)
+    mine = slice(runs.rank(), None, runs.world())
     for step in run.steps(config.embed_steps):
         generator = torch.Generator("cpu").manual_seed(config.seed * 1_000_003 + step)
         rows = pictures.draw(config.embed_batch, generator)
-        loss = torch.zeros((), device=device)
-        for part in rows[share].split(config.micro_batch or len(rows)):
-            latents = pictures.latents[part].float().to(device)
-            base_latents = pictures.base_latents[part].float().to(device)
+        loss = torch.zeros((), device=run.device)
+        for part in rows[mine].split(config.micro_batch or len(rows)):
+            latents = pictures.latents[part].float().to(run.device)
+            base_latents = pictures.base_latents[part].float().to(run.device)
             part_loss, _ = alignment_loss(model, base, latents, base_latents)  # eq. (1)
             part_loss = part_loss * (len(part) / len(rows))
             part_loss.backward()
             loss += part_loss.detach()
-        lr = cosine(step, config.embed_steps, config.embed_lr)
-        run.update(loss, lr, pictures.names_of(rows))
+        runs.sum_over_gpus(loss, parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, math.inf)  # not clipped: for the record
+        lr = cosine(step, config.embed_steps, 10 * config.lr)
+        if run.is_finite(loss, norm, pictures.names_of(rows)):
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+            run.update_average()
+        optimizer.zero_grad()
+        run.log(loss=loss, lr=lr, norm=norm)
     run.done()
-    return explained(model, base, pictures, config, device)
 
 
-@torch.no_grad()
-def explained(model: nn.Module, base: nn.Module, pictures: Pictures, config, device) -> float:
+def train_head(
+    model: nn.Module,
+    pictures: Dataset,
+    config: Config,
+    spec: Spec,
+    watch: Callable[[runs.Run], None] | None = None,  # called five times on the way
+) -> None:
+    """Stage 2: embedder and head, by eq. (2). The frozen blocks hand gradients on."""
+    parameters = [*trained(model).values()]
+    groups = [{"params": parameters, "scale": 1.0}]  # scale: of the learning rate
+    optimizer = torch.optim.AdamW(groups, **ADAMW, fused=parameters[0].is_cuda)
+    run = runs.Run("align-2", trained(model), optimizer, config, pictures.key)
+    recover = takes_guidance(model)
+    loss_of = runs.compiled(flow_loss, config, run.device, spec.is_toy)
+    batch_of = data.ahead(lambda step: draw_batch(pictures, config, spec, step), run.device)
+    for step in run.steps(config.steps):  # goes on where an earlier process stopped
+        if watch and step % max(config.steps // 5, 1) == 0:
+            watch(run)
+        batch = batch_of(step)
+        loss = torch.zeros((), device=run.device)
+        for part, weight in batch.split(config.micro_batch, run.device):
+            with runs.autocast(model):
+                part_loss = weight * loss_of(model, part, recover)  # eq. (2), (3)
+            part_loss.backward()
+            loss += part_loss.detach()
+        runs.sum_over_gpus(loss, parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, CLIP)
+        lr = cosine(step, config.steps, config.lr)
+        if run.is_finite(loss, norm, pictures.names_of(batch.rows)):  # else the step is skipped
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["scale"]
+            optimizer.step()
+            run.update_average()  # where --ema is given
+        optimizer.zero_grad()
+        run.log(loss=loss, lr=lr, norm=norm)
+    run.done()
+
+
+# ---- measure
+
+
+@runs.measuring()
+def explained(model: nn.Module, base: nn.Module, pictures: Dataset, config: Config) -> float:
     """1 - eq. (1) / its target's variance, on the pictures held out."""
+    device = next(model.parameters()).device
     count, errors, mean, square = 0, 0.0, 0.0, 0.0
     for rows in pictures.held_out:
         for part in rows.split(config.micro_batch or len(rows)):
@@ -398,273 +312,165 @@ def explained(model: nn.Module, base: nn.Module, pictures: Pictures, config, dev
     return 1 - errors / count / variance
 
 
-def passes(model: nn.Module, config, recover: bool, device) -> Callable[[Batch], Tensor]:
-    """A function of a batch: adds to the gradients, and returns this process's share of its loss.
-
-    Forward and backward are two passes; with --micro-batch they are several times two.
-    """
-
-    def forward_and_backward(part: Batch, share: float) -> Tensor:
-        with runs.autocast(model, device):
-            loss = share * flow_loss(model, part, recover)  # eq. (2), (3)
-        loss.backward()
-        return loss.detach()
-
-    if config.graph and device.type == "cuda":
-        forward_and_backward = runs.replayed(forward_and_backward, model)
-
-    def whole(batch: Batch) -> Tensor:
-        loss = torch.zeros((), device=device)
-        for part, share in parts(batch, config.micro_batch, device):
-            loss += forward_and_backward(part, share)
-        return loss
-
-    return whole
+@runs.measuring()
+def held_out_loss(model: nn.Module, pictures: Dataset, config, spec: Spec) -> float:
+    """eq. (2) on unseen pictures, at 8 fixed draws of noise, timestep and guidance."""
+    device = next(model.parameters()).device
+    fixed = replace(config, seed=0)
+    n, loss = sum(map(len, pictures.held_out)), 0.0
+    for i in range(8):
+        for rows in pictures.held_out:
+            if runs.rank() >= len(rows):  # none of these is this process's
+                continue
+            batch = draw_batch(pictures, fixed, spec, i, held_out=rows)
+            for part, weight in batch.split(config.micro_batch, device):
+                with runs.autocast(model):
+                    value = flow_loss(model, part, takes_guidance(model)).item()
+                loss += value * weight * (len(rows) / n)
+    return runs.over_gpus(loss, device) / 8
 
 
-def train_doors(
-    model: nn.Module, pictures: Pictures, config, shift: float, device, out: Path, watch=None
-) -> None:
-    """Stage 2: embedder and head by flow matching, through the frozen blocks."""
-    optimizer = runs.adamw([{"params": [*trained(model).values()]}])
-    run = runs.Run("align-2", trained(model), optimizer, config, out, 1.0, pictures.key)
-    add_gradients = passes(model, config, takes_guidance(model), device)
-    draw = data.ahead(lambda step: draw_batch(pictures, config, shift, step, "cpu"), device)
-    for step in run.steps(config.steps):
-        if watch and config.preview_every and step % config.preview_every == 0:
-            watch(run, step)
-            with run.averaged():
-                loss = held_out_loss(model, pictures, config, shift, device)
-            run.metrics.add(step, held_out=loss)
-        batch = draw(step)
-        loss = add_gradients(batch)
-        run.update(loss, cosine(step, config.steps, config.lr), pictures.names_of(batch.rows))
-    run.done()
+def watcher(
+    model: nn.Module, autoencoder: nn.Module, spec: Spec, pictures: Dataset, config
+) -> Callable[[runs.Run], None]:
+    """What a stage calls on the way: held-out loss to metrics.jsonl, pictures to previews/."""
 
+    def watch(run: runs.Run) -> None:
+        with run.averaged():
+            run.log(held_out=held_out_loss(model, pictures, config, spec))
+            if runs.rank() == 0:
+                images, captions = sample.preview(model, autoencoder, spec, pictures)
+                path = run.out / "previews" / f"{run.stage}-{run.step:06d}.png"
+                sample.save_sheet(path, {f"{run.stage}, step {run.step}": images}, captions)
+        runs.wait_for_all()
 
-# ---- report
+    return watch
 
 
 def compare_autoencoders(
-    source, pictures: Pictures, old: nn.Module, new: nn.Module, path: Path
+    pictures: Dataset, images: Tensor, old: nn.Module, new: nn.Module, path: Path
 ) -> dict[str, float]:
-    """PSNR in dB of held-out pictures through both, and a sheet of their middles.
+    """PSNR in dB of the first held-out `images` through both, and a sheet of their middles.
 
     What the new autoencoder loses no training brings back: look before hours of it.
     """
-    rows = pictures.held_out[0][:4]
-    images = source.images(rows.tolist())
-    columns = {"picture": images}
-    columns["the base's autoencoder"] = sample.decode(old, pictures.base_latents[rows])
-    columns["the new one"] = sample.decode(new, pictures.latents[rows])
+    rows = pictures.held_out[0][: len(images)]
+    decoded = {
+        "the base's autoencoder": sample.decode(old, pictures.base_latents[rows]),
+        "the new one": sample.decode(new, pictures.latents[rows]),
+    }
     size = [min(side, 512) for side in images.shape[2:]]
-    labels = [pictures.captions[i] for i in pictures.caption[rows]]
-    shown = {name: sample.crop(column, size) for name, column in columns.items()}
-    sample.save_sheet(path, shown, labels)
-    rest = list(columns.items())[1:]
-    return {name: dcae.psnr(column.clamp(-1, 1), images) for name, column in rest}
-
-
-@runs.eager
-def show_and_score(
-    contestants: dict[str, tuple], spec: dict, config, device
-) -> tuple[dict[str, dict], dict[str, Tensor], list[str]]:
-    """Scores by task (toy) and pictures of the same seeds, for each (model, decoder, shift)."""
-    prompts = toy.draw_prompts(max(config.per_task, 1), seed=7)
-    encoder = text.TOYS[sample.text_kind(spec)].from_pretrained(spec["repo"], device)
-    scores, pictures = {}, {}
-    for name, (model, autoencoder, shift) in contestants.items():
-        how = (spec["guidance"], spec["steps"], shift)
-        with runs.autocast(model, device):
-            rates, images = toy.evaluate(model, autoencoder, encoder, prompts, *how)
-        scores[name], pictures[name] = rates, images[:9].cpu()
-    return scores, pictures, [prompt.text for prompt in prompts[:9]]
-
-
-@runs.eager
-def preview(
-    model: nn.Module, autoencoder: nn.Module, spec: dict, shift: float, pictures: Pictures, device
-) -> tuple[Tensor, list[str]]:
-    """(images, captions) of four held-out captions, seeds 0 to 3, through the real sampler."""
-    rows = pictures.held_out[0][:4]
-    words = pictures.caption[rows]
-    cond = tuple(c[words].to(device) for c in pictures.cond)
-    null = tuple(c.expand(len(rows), *c.shape[1:]).to(device) for c in pictures.null_cond)
-    shape = tuple(pictures.latents[rows].shape[1:])
-    noise = sample.draw_noise([*range(len(rows))], shape).to(device)
-    tokens = math.prod(shape[1:]) // model.patch_size**2
-    sigmas = sample.timesteps(spec["steps"], spec["schedule"], tokens, shape[0], shift)
-    guided = (spec["guidance"], None if pictures.guided else null, spec["solver"])
-    with runs.autocast(model, device):
-        latents = sample.sample(model, cond, noise, sigmas, *guided)
-    return sample.decode(autoencoder, latents), [pictures.captions[i] for i in words]
-
-
-def watch(stage: str, model, autoencoder, spec, shift, pictures, out: Path, device):
-    """A function that draws previews of step n, in out/previews."""
-
-    def draw(run: runs.Run, step: int) -> None:
-        if runs.rank() == 0:
-            with run.averaged():
-                images, captions = preview(model, autoencoder, spec, shift, pictures, device)
-            path = out / "previews" / f"{stage}-{step:06d}.png"
-            sample.save_sheet(path, {f"{stage}, step {step}": images}, captions)
-        runs.wait_for_all()
-
-    return draw
-
-
-def print_scores(scores: dict[str, dict]) -> None:
-    if not scores:
-        return
-    groups = ["seen", "held_out", *toy.TASKS, *toy.HELD_OUT_TASKS]
-    print("\n" + " " * 12 + "".join(f"{g:>10}" for g in groups))
-    for name, rates in scores.items():
-        print(f"{name:12}" + "".join(f"{rates[g]:10.2f}" for g in groups))
-
-
-def print_distances(distances: dict[str, list[float]]) -> None:
-    shown = range(0, len(distances["start"]), math.ceil(len(distances["start"]) / 10))
-    print("\nsquared distance to the base's features, t = 0, after block")
-    print(" " * 9 + "".join(f"{i:>9}" for i in shown))
-    for name, row in distances.items():
-        print(f"{name:9}" + "".join(f"{row[i]:9.3g}" for i in shown))
+    columns = {name: sample.crop(c, size) for name, c in {"picture": images, **decoded}.items()}
+    sample.save_sheet(path, columns, [pictures.captions[i] for i in pictures.caption[rows]])
+    return {name: dcae.psnr(column.clamp(-1, 1), images) for name, column in decoded.items()}
 
 
 # ---- main
 
 
 def main() -> None:
-    doc = runs.with_large(__doc__, LARGE)
-    config = script.parse_config(Config, doc)
-    if sample.describe(config.model)["text"] != "toy":
-        config = script.parse_config(Config, doc, defaults=LARGE)
-    config = settle_autoencoder(config)
+    config = parse_config(Config, __doc__, defaults=registry.for_official(LARGE))
     device = runs.start(config.device)
-    runs.check_flags(config)
-    out = runs.folder_of(config)
-    with runs.locked(out):
-        run(config, out, device)
+    config = replace(config, out=str(runs.folder_of(config)))
+    with runs.locked(Path(config.out)):
+        align(config, device)
     runs.finish()
 
 
-def choose_trained(model: nn.Module) -> None:
-    """Freeze by name, in the open: the two doors are trained."""
-    model.requires_grad_(False)
-    for door in doors(model):
-        door.requires_grad_(True)
+def plan(config: Config) -> tuple[Spec, Spec, list[int], int]:
+    """(Spec of the base, Spec of the new model, pixels a side that a token of each covers, stride
+    of the new positions), from parts on the meta device: they take no memory.
+
+    UserError: parts that do not fit, or a --model that is no base.
+    """
+    base_spec = registry.describe(config.model)
+    if base_spec.stage:
+        raise UserError(
+            f"--model {config.model} is a run of ours, which needs its base: wanted a full "
+            f"model, such as the transformer that `python lora.py --export diffusers` writes"
+        )
+    name = config.autoencoder or DEEPER.get(base_spec.autoencoder)
+    if not name:
+        raise UserError(
+            f"--autoencoder is missing: wanted the one that {config.model} moves to from "
+            f"{base_spec.autoencoder}, one of {', '.join(dcae.PRESETS)}, or a path"
+        )
+    _, base, old = sample.load_pipeline(config.model, "", config.weights, "meta")
+    new = sample.load_autoencoder(name, config.weights, "meta", torch.float32)
+    size = config.resolution or base_spec.size
+    pixels = [old.stride * base.patch_size, new.stride]
+    runs.check_flags(config, size, pixels)
+    tokens = (size // new.stride) ** 2
+    shift = config.shift or sample.shift_of(base_spec, tokens, new.latent_channels)
+    spec = replace(base_spec, autoencoder=name, size=size, shift=shift)
+    # The toy's base knows one resolution: a new token sits amid the base tokens that it covers.
+    # Official bases know many, and positions stay as they are, as in the paper: spread over 4096
+    # pixels they would run to 254, and FLUX.1, trained up to 2 megapixels, knows some 90 a side.
+    stride = max(pixels[1] // pixels[0], 1) if spec.is_toy else 1
+    return base_spec, spec, pixels, stride * base.config.get("position_stride", 1)
 
 
-def cost(model: nn.Module, grid: tuple[int, int]) -> runs.Cost:
-    """What a picture of this grid costs in training; model: on the meta device."""
-    batch, recover = example(model, *grid), takes_guidance(model)
-    model = copy.deepcopy(model).to(torch.bfloat16)
-    return runs.count(lambda: flow_loss(model, batch, recover), model, blocks(model))
-
-
-def print_estimate(model: nn.Module, grid: tuple[int, int], config, steps: int, device) -> None:
-    print(runs.estimate(cost(model, grid), model, config, steps, device))
-
-
-def rehearse(config: Config, device: torch.device) -> dict:
-    """What sample.describe says of the new model, on the meta device, without memory: do the parts
-    fit together, and on this machine?"""
-    spec, base, old = sample.load_pipeline(config.model, "", config.weights, "meta")
-    new = sample.load_autoencoder(config.autoencoder, config.weights, "meta", torch.float32)
-    size = config.resolution or spec["size"]
-    factors = [old.stride * base.patch_size, new.stride]  # pixels a side that a token covers
-    runs.check_size(size, factors)
-    stride = config.position_stride or own_stride(spec, base, old, new)
-    if spec["text"] != "toy":
-        rehearsal = transplant(base, new.latent_channels, stride)
-        choose_trained(rehearsal)
-        print_estimate(rehearsal, (size // new.stride,) * 2, config, config.steps, device)
-    return spec | dict(
-        autoencoder=config.autoencoder, old_autoencoder=spec["autoencoder"], size=size,
-        old_shift=spec.get("shift"), shift=config.shift or own_shift(spec, new, size),
-        factors=factors, position_stride=stride,
-    )  # fmt: skip
-
-
-def run(config: Config, out: Path, device: torch.device) -> None:
+def align(config: Config, device: torch.device) -> None:
     torch.manual_seed(config.seed)
-    spec = rehearse(config, device)
-    is_toy, shift = spec["text"] == "toy", spec["shift"]
-    names = [spec["old_autoencoder"], spec["autoencoder"]]
-    dtype = runs.frozen_dtype(config, device, is_toy)
-    source = open_source(config, spec["size"], math.lcm(*spec["factors"]), out, device)
-    pictures = prepare(config, spec, names, source, out, device, dtype)
-    base = sample.load_transformer(spec, config.weights, device, dtype).requires_grad_(False)
-    embedder(base).float()  # the target of eq. (1), and a match for the new one's fp32
-    autoencoder = sample.load_autoencoder(names[1], config.weights, device, dtype)
-    model = transplant(base, autoencoder.latent_channels, spec["position_stride"])
-    choose_trained(model)
-    runs.ready_blocks(blocks(model), config)
+    base_spec, spec, pixels, position_stride = plan(config)
+    dtype, out = runs.frozen_dtype(config.dtype, device, spec.is_toy), Path(config.out)
+    names = (base_spec.autoencoder, spec.autoencoder)
+    encoders = [sample.latent_encoder(name, config.weights, device, dtype) for name in names]
+    source = data.open_source(
+        config.data, config.scenes, config.seed, spec.size, math.lcm(*pixels), out, device
+    )
+    pictures = data.prepare(source, encoders, spec, config.weights, out / "cache", device, dtype)
 
-    count = sum(p.numel() for p in trained(model).values()) / 1e6
-    tokens = [(spec["size"] // factor) ** 2 for factor in spec["factors"]]
+    base = registry.load_transformer(base_spec, config.weights, device, dtype)
+    base.requires_grad_(False)
+    base.embedder.float()  # as the new one, which imitates it
+    old, new = (sample.load_autoencoder(name, config.weights, device, dtype) for name in names)
+    model = transplant(base, new.latent_channels, position_stride)
+    choose_trained(model)
+    runs.ready_blocks(model.blocks, device, spec.is_toy)
+    tokens = [(spec.size // side) ** 2 for side in pixels]
     print(
-        f"align | {config.model} -> {config.autoencoder} | {tokens[0]} -> {tokens[1]} tokens | "
-        f"{count:.2f} M trained | {len(pictures)} pictures | seed {config.seed} | {device}"
+        f"align | {config.model} -> {spec.autoencoder} | {tokens[0]} -> {tokens[1]} tokens | "
+        f"{runs.memory(model, config)} | {len(pictures)} pictures | seed {config.seed} | {device}"
     )
     if runs.rank() == 0:
-        old = sample.load_autoencoder(names[0], config.weights, device, dtype)
-        files = [out / "autoencoders.png"]
-        psnr = compare_autoencoders(source, pictures, old, autoencoder, files[0])
-        told = ", ".join(f"through {name} {value:.1f} dB" for name, value in psnr.items())
-        print(f"held-out pictures {told}: {files[0]}")
-    measured = (model, pictures, config, shift, device)
-    losses = {"start": held_out_loss(*measured)}
-    distances = {"start": feature_distance(model, base, pictures, config, device)}
-    share = train_embedder(model, base, pictures, config, device, out)
-    losses["embedder"] = held_out_loss(*measured)
-    distances["embedder"] = feature_distance(model, base, pictures, config, device)
-    draw = watch("align", model, autoencoder, spec, shift, pictures, out, device)
-    train_doors(*measured, out, draw)
-    losses["aligned"] = held_out_loss(*measured)
-    distances["aligned"] = feature_distance(model, base, pictures, config, device)
+        images = source.images(pictures.held_out[0][:4].tolist()).cpu()
+        psnr = compare_autoencoders(pictures, images, old, new, out / "autoencoders.png")
+
+    losses = {"start": held_out_loss(model, pictures, config, spec)}
+    train_embedder(model, base, pictures, config)
+    share = explained(model, base, pictures, config)
+    losses["embedder"] = held_out_loss(model, pictures, config, spec)
+    train_head(model, pictures, config, spec, watcher(model, new, spec, pictures, config))
+    losses["aligned"] = held_out_loss(model, pictures, config, spec)
 
     saved = out / "align.safetensors"
-    notes = runs.header(config, "align", spec, model, config.steps)
-    runs.save_last(saved, trained(model), notes)
+    runs.save_last(saved, trained(model), runs.header(config, "align", spec, model, config.steps))
     if runs.rank() > 0:
         return
-    images, labels, scores = {}, [], {}
-    if is_toy:
-        contestants = {"base": (base, old, spec["old_shift"])}
-        contestants["aligned"] = (model, autoencoder, shift)
-        scores, images, labels = show_and_score(contestants, spec, config, device)
-    else:
-        shown, labels = preview(model, autoencoder, spec, shift, pictures, device)
-        images = {"aligned": shown}
-    files = [saved, out / "align.png", *files]
-    sample.save_sheet(files[1], images, labels)
+    models = {"base": (base_spec, base, old), "aligned": (spec, model, new)}
+    scores, images, captions = sample.show_and_score(models, config.per_task, pictures)
+    sample.save_sheet(out / "align.png", images, captions)
+    files = [saved, out / "align.png", out / "autoencoders.png"]
     report(config, dict(
-        stage="align", explained=share, held_out_loss=losses, feature_distance=distances,
-        reconstruction=psnr, scores=scores, tokens=tokens, files=[str(file) for file in files],
+        stage="align", explained=share, held_out_loss=losses, reconstruction=psnr, scores=scores,
+        tokens=tokens, files=[str(file) for file in files],
     ))  # fmt: skip
     runs.delete_progress(saved)
 
 
 def report(config: Config, figures: dict) -> None:
+    """The tables for a person, and the last line for a program."""
+    for name, value in figures["reconstruction"].items():
+        print(f"held-out pictures through {name}: {value:.1f} dB")
+    print(f"stage 1 explains {figures['explained']:.1%} of the pooled base embedding (held out)")
     losses = figures["held_out_loss"].items()
-    print(f"\nstage 1 explains {figures['explained']:.1%} of the pooled base embedding (held out)")
     print("held-out flow loss   " + "   ".join(f"{k} {v:.3f}" for k, v in losses))
-    print_distances(figures["feature_distance"])
-    print_scores(figures["scores"])
+    toy.print_scores(figures["scores"])
     print(f"\nsaved  {'  '.join(figures['files'])}")
     print(f"next   python lora.py {runs.same_flags(config)}")
     print(json.dumps(figures))
 
 
-def own_shift(spec: dict, autoencoder: nn.Module, size: int) -> float:
-    """The ratio r of the model's sampling schedule, read off its middle: r s / (1 + (r - 1) s)."""
-    if spec.get("shift"):
-        return spec["shift"]
-    tokens = (size // autoencoder.stride) ** 2
-    middle = sample.timesteps(2, spec["schedule"], tokens, autoencoder.latent_channels)[1].item()
-    return middle / (1 - middle)
-
-
 if __name__ == "__main__":
-    script.exit_cleanly(main)
+    exit_cleanly(main)

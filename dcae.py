@@ -4,15 +4,15 @@ What    encode: (B, 3, H, W) pixels -> (B, C, H/f, W/f) latents; decode: the way
         and C = 32, 96 pixel values become one latent value; f8 with 16 channels makes it 12 to 1.
 Why     A diffusion transformer pays for tokens, and for 4096 x 4096 pixels f8 with 2x2 patches has
         65,536 of them, f64 has 4,096. But an f8 network with more stages stacked on reconstructs
-        worse than without them, although the stages only have to hand on what they get: what is
+        worse than without them, although they only have to hand on what they get: what is
         missing is not capacity, it is an optimiser that finds the way.
 How     So handing on is built in and costs no weight. Halving the grid moves each 2x2 pixels into
         channels, which loses nothing, and averages groups of them down to the new width; doubling
         it repeats channels and moves them back into pixels. Convolutions learn the rest only:
             down(h) = conv(h) + average(space_to_channel(h))                                (1)
             up(h)   = conv(h) + channel_to_space(repeat(h))                                 (2)
-        The deepest stages see little of a pixel and much of the scene: there, ReLU linear attention
-        lets all positions talk at a cost linear in their number.
+        In the deepest stages ReLU linear attention lets all positions talk, at a cost linear in
+        their number.
         The 1.5 family goes on without attention. It was trained to decode from the first k channels
         alone, for random k: the first channels then hold the layout, the later ones the detail, and
         a diffusion model finds such latents easier. Any first k of its channels are valid latents.
@@ -29,7 +29,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +37,7 @@ from torch import Tensor, nn
 
 from models.data import open_image
 from models.script import UserError, exit_cleanly, parse_config, pick_device, pick_dtype
-from models.weights import Checkpoint, Rows, assign, build, open_model, write_whole
+from models.weights import Checkpoint, Rows, assign, build, open_model, to_conv, write_whole
 
 
 @dataclass(frozen=True)
@@ -58,84 +57,20 @@ TILES_ABOVE = 2048 * 2048  # pixels; fp32 features at full size take 2 GB there
 
 def average_channels(hidden: Tensor, channels: int) -> Tensor:
     """Down to `channels`: the mean of every run of consecutive channels."""
-    if hidden.shape[1] == channels:
-        return hidden
     return hidden.unflatten(1, (channels, -1)).mean(2)  # (B, channels, h, w)
 
 
 def repeat_channels(hidden: Tensor, channels: int) -> Tensor:
     """Up to `channels`: every channel repeated in place."""
     repeats = channels // hidden.shape[1]
-    return hidden[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2)  # (B, channels, h, w)
-
-
-def upsample(layer: "Upsample", hidden: Tensor) -> Tensor:
-    """(B, width, h, w) -> (B, new_width, 2h, 2w)."""
-    if layer.interpolate:
-        learned = nn.Conv2d.forward(layer, F.interpolate(hidden, scale_factor=2, mode="nearest"))
-    else:
-        learned = F.pixel_shuffle(nn.Conv2d.forward(layer, hidden), 2)
-    if not layer.shortcut:
-        return learned
-    return learned + F.pixel_shuffle(repeat_channels(hidden, 4 * layer.new_width), 2)
-
-
-def conv_act(conv: nn.Conv2d, act: Callable, hidden: Tensor) -> Tensor:
-    return act(conv(hidden))
-
-
-def norm_act(norm: nn.Module, act: Callable, hidden: Tensor) -> Tensor:
-    return act(norm(hidden))
-
-
-def add_norm(hidden: Tensor, norm: nn.Module, branch: Tensor) -> Tensor:
-    return hidden + norm(branch)
-
-
-def gated_conv(conv: nn.Conv2d, hidden: Tensor) -> Tensor:
-    """Half of what a depthwise convolution gives is the other half's gate."""
-    value, gate = conv(hidden).chunk(2, 1)
-    return value * F.silu(gate)
-
-
-def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-15) -> Tensor:
-    """out_n = sum_m (q_n . k_m) v_m / (sum_m q_n . k_m + eps), reordered: N hd^2, not N^2 hd."""
-    summary = value @ key.mT  # (B, nh, hd, hd), all that a query needs to know of the image
-    total = key.sum(-1, keepdim=True).mT  # (B, nh, 1, hd)
-    return (summary @ query) / (total @ query + eps)  # (B, nh, hd, N)
-
-
-def mix_heads(attn: "Attention", qkv: Tensor) -> Tensor:
-    """(B, 3 nh hd, h, w) -> (B, nh hd, h, w): what its heads and those of coarser scales found."""
-    joint = torch.cat([qkv, *(scale(qkv) for scale in attn.multiscale)], 1)
-    # A head's q, k and v lie together, (nh, 3, hd): the thirds of qkv are not q, k and v.
-    # Sums over all positions overflow fp16 and blur in bf16: fp32, under autocast as well.
-    # (The meta device, which counts operations, has no autocast of its own.)
-    with torch.autocast("cpu" if qkv.is_meta else qkv.device.type, enabled=False):
-        heads = joint.float().flatten(2).unflatten(1, (-1, 3, attn.head_dim))
-        query, key, value = heads.unbind(2)  # (B, nh, hd, N) each
-        mixed = linear_attention(query.relu(), key.relu(), value)
-    mixed = mixed.type_as(qkv).flatten(1, 2)  # (B, nh hd, N)
-    return mixed.unflatten(2, qkv.shape[-2:])
-
-
-# What blocks do around their convolutions. `ops` of a block may be set to functions of the same
-# names that do it in fewer passes over memory, as those of models/kernels.py.
-PLAIN = SimpleNamespace(
-    upsample=upsample,
-    conv_act=conv_act,
-    norm_act=norm_act,
-    add_norm=add_norm,
-    gated_conv=gated_conv,
-    mix_heads=mix_heads,
-)
+    return hidden[:, :, None].expand(-1, -1, repeats, -1, -1).flatten(1, 2)
 
 
 class Downsample(nn.Conv2d):
-    """Half the grid, eq. (1). Being the convolution itself keeps its weight's name short."""
+    """Half the grid, eq. (1); itself the convolution, for a short name of its weight."""
 
     def __init__(self, width: int, new_width: int, kind: str, shortcut: bool = True):
-        unshuffle = kind == "pixel_unshuffle"  # every other spelling is the strided convolution
+        unshuffle = kind == "pixel_unshuffle"  # everything else is the strided convolution
         channels, stride = (new_width // 4, 1) if unshuffle else (new_width, 2)
         super().__init__(width, channels, 3, stride, padding=1)
         self.new_width, self.unshuffle, self.shortcut = new_width, unshuffle, shortcut
@@ -152,22 +87,26 @@ class Downsample(nn.Conv2d):
 class Upsample(nn.Conv2d):
     """Twice the grid, eq. (2)."""
 
-    ops = PLAIN
-
     def __init__(self, width: int, new_width: int, kind: str, shortcut: bool = True):
         interpolate = kind == "interpolate"
         super().__init__(width, new_width if interpolate else 4 * new_width, 3, padding=1)
         self.new_width, self.interpolate, self.shortcut = new_width, interpolate, shortcut
 
     def forward(self, hidden: Tensor) -> Tensor:  # (B, width, h, w)
-        return self.ops.upsample(self, hidden)  # (B, new_width, 2h, 2w)
+        if self.interpolate:
+            learned = super().forward(F.interpolate(hidden, scale_factor=2, mode="nearest"))
+        else:
+            learned = F.pixel_shuffle(super().forward(hidden), 2)  # (B, new_width, 2h, 2w)
+        if not self.shortcut:
+            return learned
+        return learned + F.pixel_shuffle(repeat_channels(hidden, 4 * self.new_width), 2)
 
 
 # ---- model: blocks
 
 
 class RMSNorm(nn.Module):
-    """hidden / sqrt(mean_c hidden^2 + eps) * weight + bias, at every position on its own."""
+    """hidden / sqrt(mean_c hidden^2 + eps) * weight + bias, at every position."""
 
     def __init__(self, width: int, eps: float = 1e-5):
         super().__init__()
@@ -176,7 +115,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:  # (B, D, h, w)
-        # Statistics in fp32: bf16 keeps two to three digits, too few for a sum of 1024 squares.
+        # In fp32: bf16 keeps two to three digits, too few for a sum of 1024 squares.
         mean_square = hidden.float().square().mean(1, keepdim=True)
         normed = hidden * torch.rsqrt(mean_square + self.eps)
         return (normed * self.weight[:, None, None] + self.bias[:, None, None]).type_as(hidden)
@@ -187,8 +126,6 @@ ACTIVATIONS = {"relu": F.relu, "silu": F.silu}
 
 
 class ResBlock(nn.Module):
-    ops = PLAIN
-
     def __init__(self, width: int, norm: str, act: str):
         super().__init__()
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
@@ -197,14 +134,23 @@ class ResBlock(nn.Module):
         self.act = ACTIVATIONS[act]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        branch = self.conv2(self.ops.conv_act(self.conv1, self.act, hidden))
-        return self.ops.add_norm(hidden, self.norm, branch)
+        branch = self.conv2(self.act(self.conv1(hidden)))
+        return hidden + self.norm(branch)
+
+
+def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-15) -> Tensor:
+    """out_n = sum_m (q_n . k_m) v_m / (sum_m q_n . k_m + eps), reordered: N hd^2, not N^2 hd."""
+    summary = value @ key.mT  # (B, nh, hd, hd), all that a query needs to know of the image
+    total = key.sum(-1, keepdim=True).mT  # (B, nh, 1, hd)
+    return (summary @ query) / (total @ query + eps)  # (B, nh, hd, N)
+
+
+class PerHead(nn.Conv2d):
+    """A 1x1 convolution among the channels of each head's q, of its k and of its v."""
 
 
 class Attention(nn.Module):
     """Linear attention over ReLU features; each scale k adds heads that see k x k means."""
-
-    ops = PLAIN
 
     def __init__(self, width: int, head_dim: int, scales: list[int], norm: str):
         super().__init__()
@@ -215,7 +161,7 @@ class Attention(nn.Module):
         self.multiscale = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(3 * inner, 3 * inner, k, padding=k // 2, groups=3 * inner, bias=False),
-                nn.Conv2d(3 * inner, 3 * inner, 1, groups=3 * heads, bias=False),
+                PerHead(3 * inner, 3 * inner, 1, groups=3 * heads, bias=False),
             )
             for k in scales
         )
@@ -223,14 +169,21 @@ class Attention(nn.Module):
         self.norm = NORMS[norm](width)
 
     def forward(self, hidden: Tensor) -> Tensor:  # (B, D, h, w)
-        mixed = self.ops.mix_heads(self, self.qkv(hidden))
-        return self.ops.add_norm(hidden, self.norm, self.proj(mixed))
+        qkv = self.qkv(hidden)
+        joint = torch.cat([qkv, *(scale(qkv) for scale in self.multiscale)], 1)
+        # A head's q, k and v lie together, (nh, 3, hd): the thirds of qkv are not q, k and v.
+        # Sums over all positions overflow fp16 and blur in bf16: fp32, autocast or not.
+        # (The meta device, which counts operations, has no autocast of its own.)
+        with torch.autocast("cpu" if qkv.is_meta else qkv.device.type, enabled=False):
+            heads = joint.float().flatten(2).unflatten(1, (-1, 3, self.head_dim))
+            query, key, value = heads.unbind(2)  # (B, nh, hd, N) each
+            mixed = linear_attention(query.relu(), key.relu(), value)
+        mixed = mixed.type_as(qkv).flatten(1, 2).unflatten(2, qkv.shape[-2:])
+        return hidden + self.norm(self.proj(mixed))  # of (B, nh hd, h, w)
 
 
 class GLUMBConv(nn.Module):
-    """Gated bottleneck: 2 x 4 the width, 3x3 neighbours mixed per channel, one half is the gate."""
-
-    ops = PLAIN
+    """Gated bottleneck, 2 x 4 the width: 3x3 neighbours, channel by channel; half is the gate."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -240,9 +193,9 @@ class GLUMBConv(nn.Module):
         self.norm = RMSNorm(width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        wide = self.ops.conv_act(self.conv_inverted, F.silu, hidden)  # (B, 8D, h, w)
-        branch = self.conv_point(self.ops.gated_conv(self.conv_depth, wide))
-        return self.ops.add_norm(hidden, self.norm, branch)
+        wide = F.silu(self.conv_inverted(hidden))  # (B, 8D, h, w)
+        value, gate = self.conv_depth(wide).chunk(2, 1)  # (B, 4D, h, w) each
+        return hidden + self.norm(self.conv_point(value * F.silu(gate)))
 
 
 class EfficientViTBlock(nn.Module):
@@ -258,13 +211,10 @@ class EfficientViTBlock(nn.Module):
 # ---- model: encoder, decoder
 
 
-def pick(value: str | list[str], stage: int) -> str:
-    return value if isinstance(value, str) else value[stage]
-
-
 def make_blocks(config: dict, side: str, stage: int, norm: str, act: str) -> list[nn.Module]:
     width = config[f"{side}_block_out_channels"][stage]
-    kind, norm, act = (pick(v, stage) for v in (config[f"{side}_block_types"], norm, act))
+    each = (config[f"{side}_block_types"], norm, act)  # of all stages, or one a stage
+    kind, norm, act = (value if isinstance(value, str) else value[stage] for value in each)
     depth = range(config[f"{side}_layers_per_block"][stage])
     if kind == "ResBlock":
         return [ResBlock(width, norm, act) for _ in depth]
@@ -286,11 +236,10 @@ class Encoder(nn.Module):
         channels, self.latent_channels = config["in_channels"], config["latent_channels"]
         self.shortcut = config["encoder_out_shortcut"]
         skip = int(config["encoder_layers_per_block"][0] == 0)
-        self.conv_in = (
-            Downsample(channels, widths[1], kind, shortcut=False)
-            if skip
-            else nn.Conv2d(channels, widths[0], 3, padding=1)
-        )
+        if skip:
+            self.conv_in = Downsample(channels, widths[1], kind, shortcut=False)
+        else:
+            self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
         self.stages = nn.ModuleList()
         for s, width in enumerate(widths):
             stage = make_blocks(config, "encoder", s, "rms_norm", "silu")
@@ -312,8 +261,6 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """The same stages, run from the last to the first: a step up, then the blocks."""
 
-    ops = PLAIN
-
     def __init__(self, config: dict):
         super().__init__()
         widths, kind = config["decoder_block_out_channels"], config["upsample_block_type"]
@@ -329,11 +276,10 @@ class Decoder(nn.Module):
                 stage.insert(0, Upsample(widths[s + 1], width, kind))
             self.stages.append(nn.Sequential(*stage))
         self.norm_out = RMSNorm(widths[skip])
-        self.conv_out = (
-            Upsample(widths[1], config["in_channels"], kind, shortcut=False)
-            if skip
-            else nn.Conv2d(widths[0], config["in_channels"], 3, padding=1)
-        )
+        if skip:
+            self.conv_out = Upsample(widths[1], config["in_channels"], kind, shortcut=False)
+        else:
+            self.conv_out = nn.Conv2d(widths[0], config["in_channels"], 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:  # (B, C, h, w)
         hidden = self.conv_in(latents)  # (B, widths[-1], h, w)
@@ -341,8 +287,7 @@ class Decoder(nn.Module):
             hidden = hidden + repeat_channels(latents, self.width)
         for stage in reversed(self.stages):
             hidden = stage(hidden)  # (B, widths[0], H, W) at the end
-        hidden = self.ops.norm_act(self.norm_out, self.act_out, hidden)
-        return self.conv_out(hidden)  # (B, 3, H, W)
+        return self.conv_out(self.act_out(self.norm_out(hidden)))  # (B, 3, H, W)
 
 
 class DCAE(nn.Module):
@@ -389,29 +334,27 @@ class DCAE(nn.Module):
     ) -> "DCAE":
         """A file, a folder, a preset or a hub id, in dc-ai's names, diffusers' or ours."""
         checkpoint, config, run = open_model(path, PRESETS, "vae", config, weights)
-        if config and "model_name" in config:  # config.json of a dc-ai repository: only a name
+        if config and "model_name" in config:  # of a dc-ai repository: only a name
             config = PRESETS.get(config["model_name"], {}).get("config")
         model = build(cls, config, checkpoint.path)
-        assign(model, name_rows(model, checkpoint), checkpoint, (), device, dtype, run)
+        assign(model, name_rows(model, checkpoint), checkpoint, device, dtype, run)
         return model.eval()
 
-    def encode(self, images: Tensor, channels: int | None = None) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), or their first `channels`."""
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w)."""
         height, width = images.shape[-2:]
-        assert height % self.stride == 0 and width % self.stride == 0, (
-            f"image of {width}x{height}: both sides must be multiples of {self.stride}"
-        )
+        fits = height % self.stride == width % self.stride == 0
+        assert fits, f"image of {width}x{height}: both sides must be multiples of {self.stride}"
         images = images.to(self.encoder.conv_in.weight.dtype)
-        return self.encoder(images)[:, :channels] * self.scaling_factor
+        return self.encoder(images) * self.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents -> (B, 3, H, W). The 1.5 family also takes the first channels alone."""
+        """Scaled latents -> (B, 3, H, W). The 1.5 family takes the first channels alone, too."""
         absent = self.latent_channels - latents.shape[1]
         assert absent == 0 or (absent > 0 and not self.config["decoder_in_shortcut"]), (
             f"latents of {latents.shape[1]} channels, this decoder takes {self.latent_channels}"
         )
-        latents = F.pad(latents, (0, 0, 0, 0, 0, absent)) if absent else latents
-        raw = latents / self.scaling_factor
+        raw = F.pad(latents, (0, 0, 0, 0, 0, absent)) / self.scaling_factor
         return self.decoder(raw.to(self.decoder.conv_in.weight.dtype))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -421,20 +364,19 @@ class DCAE(nn.Module):
 # ---- official weights
 
 
+def both(**settings: str | list) -> dict:
+    """The same for encoder_... and for decoder_..."""
+    return {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in settings.items()}
+
+
 def family_1_0(latent_channels: int, widths: list[int], scaling_factor: float) -> dict:
     """in: trained on ImageNet, mix: on more. ResBlocks at high resolution, attention below."""
     deep = len(widths) - 3
-    types = ["ResBlock"] * 3 + ["EfficientViTBlock"] * deep
-    return {
+    types, scales = ["ResBlock"] * 3 + ["EfficientViTBlock"] * deep, [[]] * len(widths)
+    return both(block_types=types, block_out_channels=widths, qkv_multiscales=scales) | {
         "latent_channels": latent_channels,
-        "encoder_block_types": types,
-        "decoder_block_types": types,
-        "encoder_block_out_channels": widths,
-        "decoder_block_out_channels": widths,
         "encoder_layers_per_block": [0, 4, 8] + [2] * deep,
         "decoder_layers_per_block": [0, 5, 10] + [2] * deep,
-        "encoder_qkv_multiscales": [[]] * len(widths),
-        "decoder_qkv_multiscales": [[]] * len(widths),
         "decoder_norm_types": ["batch_norm"] * 3 + ["rms_norm"] * deep,
         "decoder_act_fns": ["relu"] * 3 + ["silu"] * deep,
         "scaling_factor": scaling_factor,
@@ -442,16 +384,11 @@ def family_1_0(latent_channels: int, widths: list[int], scaling_factor: float) -
 
 
 def family_1_5(widths: list[int], scaling_factor: float) -> dict:
-    """No attention, and no shortcut around the latent, whose channels training puts in order."""
+    """No attention, and no shortcut around the latent: training puts its channels in order."""
     depths = [0, 5, 10] + [4] * (len(widths) - 3)
-    return {
+    scales = [[]] * len(widths)  # diffusers reads them unasked
+    return both(block_out_channels=widths, layers_per_block=depths, qkv_multiscales=scales) | {
         "latent_channels": 128,
-        "encoder_block_out_channels": widths,
-        "decoder_block_out_channels": widths,
-        "encoder_layers_per_block": depths,
-        "decoder_layers_per_block": depths,
-        "encoder_qkv_multiscales": [[]] * len(widths),  # diffusers reads them unasked
-        "decoder_qkv_multiscales": [[]] * len(widths),
         "encoder_out_shortcut": False,
         "decoder_in_shortcut": False,
         "decoder_conv_act_fn": "silu",
@@ -461,9 +398,8 @@ def family_1_5(widths: list[int], scaling_factor: float) -> dict:
 
 F32 = [128, 256, 512, 512, 1024, 1024]
 F64, F128 = [*F32, 2048], [*F32, 2048, 2048]
-SANA = {  # the class's own widths and depths, with attention at two scales
-    "encoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
-    "decoder_block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3,
+# The class's own widths and depths, with attention at two scales.
+SANA = both(block_types=["ResBlock"] * 3 + ["EfficientViTBlock"] * 3) | {
     "downsample_block_type": "conv",
     "upsample_block_type": "interpolate",
     "scaling_factor": 0.41407,
@@ -493,13 +429,13 @@ PRESETS = {
     "dc-ae-f32c32-sana-1.0": official(MIT + "f32c32-sana-1.0", SANA),
     "dc-ae-f32c32-sana-1.1": official(MIT + "f32c32-sana-1.1", SANA),
     "dc-ae-lite-f32c32-sana-1.1": official("dc-ai/dc-ae-lite-f32c32", SANA_LITE),
-    # 1.0 stands in for a scaling factor that is published nowhere: reconstruction does not use it.
+    # 1.0 stands in for a scaling factor that is published nowhere: encode, decode undo it.
     "dc-ae-f32c128-1.5": official("dc-ai/dc-ae-f32c128-1.5", family_1_5(F32, 1.0)),
     "dc-ae-f64c128-1.5": official("dc-ai/dc-ae-f64c128-1.5", family_1_5([*F32, 1024], 0.5935)),
 }
 
-NAME_MAP = (  # official name -> ours, one rule after the other; our own names pass unchanged
-    # dc-ai (efficientvit): op_list and main are containers, conv a convolution inside its layer
+NAME_MAP = (  # official name -> ours, rule after rule; our own names pass unchanged
+    # dc-ai (efficientvit): op_list and main are containers, conv is inside its layer
     (r"project_in(\.main)?(\.conv)+\.", "conv_in."),
     (r"project_out(\.main)?\.op_list\.\d(\.conv)+\.", "conv_out."),
     (r"project_out\.op_list\.0\.", "norm_out."),
@@ -530,11 +466,6 @@ def our_name(name: str) -> str:
     return name
 
 
-def to_conv(*linears: Tensor) -> Tensor:
-    """diffusers has linear layers where the others have 1x1 convolutions, and three for qkv."""
-    return torch.cat(linears)[:, :, None, None]
-
-
 def name_rows(model: DCAE, checkpoint: Checkpoint) -> Rows:
     official = {our_name(name): name for name in checkpoint.shapes}
     rows = {}
@@ -550,34 +481,28 @@ def name_rows(model: DCAE, checkpoint: Checkpoint) -> Rows:
 
 
 def tile_starts(length: int, tile: int, stride: int) -> list[int]:
-    """Evenly spread, the first at 0, the last flush with the end, at most `stride` apart."""
+    """Evenly spread from 0 to flush with the end, at most `stride` apart."""
     steps = math.ceil(max(length - tile, 0) / stride)
     return [(length - tile) * i // steps for i in range(steps + 1)] if steps else [0]
 
 
-def in_tiles(
-    function: Callable[[Tensor], Tensor],
-    whole: Tensor,
-    cell: int,
-    new_cell: int,
-    tile: int,
-    stride: int,
+def in_tiles(  # a latent is `cell` pixels wide before `function` and `new_cell` after it
+    function: Callable, whole: Tensor, cell: int, new_cell: int, tile: int, stride: int
 ) -> Tensor:
-    """Map overlapping tiles and blend them; a latent is `cell` wide before and `new_cell` after."""
+    """Map overlapping tiles, `tile` latents a side, and blend them."""
     rows, cols = whole.shape[-2] // cell, whole.shape[-1] // cell
     if max(rows, cols) <= tile:
         return function(whole)
     total = weight = None
     for top in tile_starts(rows, tile, stride):
         for left in tile_starts(cols, tile, stride):
-            piece = whole[..., top * cell : (top + tile) * cell, left * cell : (left + tile) * cell]
-            piece = function(piece)
+            y, x = top * cell, left * cell
+            piece = function(whole[..., y : y + tile * cell, x : x + tile * cell])
             height, width = piece.shape[-2:]
             if total is None:  # fp32: what is summed here is divided again below
-                shape = (*piece.shape[:2], rows * new_cell, cols * new_cell)
-                total = piece.new_zeros(shape, dtype=torch.float32)
-                weight = total.new_zeros(shape[2:])
-            # A tile counts by the distance to its nearest edge, where it knows least around it:
+                weight = torch.zeros(rows * new_cell, cols * new_cell, device=piece.device)
+                total = weight.expand(*piece.shape[:2], -1, -1).clone()
+            # A tile counts by the distance to its nearest edge, where it knows least:
             # over the overlap of two tiles that is a linear cross-fade.
             y, x = (torch.arange(1.0, n + 1, device=piece.device) for n in (height, width))
             ramp = torch.minimum(y, y.flip(0))[:, None] * torch.minimum(x, x.flip(0))  # (h, w)
@@ -587,22 +512,18 @@ def in_tiles(
     return (total / weight).to(whole.dtype)
 
 
-def tiled_encode(
-    autoencoder: nn.Module, images: Tensor, tile: int = 1024, stride: int = 896
-) -> Tensor:
-    """As autoencoder.encode(images), tile x tile pixels at a time. Any model with a .stride."""
-    f = autoencoder.stride
-    return in_tiles(autoencoder.encode, images, f, 1, tile // f, stride // f)
+def tiled_encode(model: nn.Module, images: Tensor, tile: int = 1024, stride: int = 896) -> Tensor:
+    """As model.encode(images), tile x tile pixels at a time. Any model with a .stride."""
+    f = model.stride
+    return in_tiles(model.encode, images, f, 1, tile // f, stride // f)
 
 
-def tiled_decode(
-    autoencoder: nn.Module, latents: Tensor, tile: int = 1024, stride: int = 896
-) -> Tensor:
-    f = autoencoder.stride
-    return in_tiles(autoencoder.decode, latents, 1, f, tile // f, stride // f)
+def tiled_decode(model: nn.Module, latents: Tensor, tile: int = 1024, stride: int = 896) -> Tensor:
+    f = model.stride
+    return in_tiles(model.decode, latents, 1, f, tile // f, stride // f)
 
 
-# ---- measure
+# ---- main
 
 
 def psnr(image: Tensor, other: Tensor) -> float:
@@ -612,8 +533,7 @@ def psnr(image: Tensor, other: Tensor) -> float:
 
 def ssim(image: Tensor, other: Tensor) -> float:
     """Structural similarity (Wang et al. 2004): Gaussian 11 x 11 windows, sigma 1.5."""
-    image, other = (image + 1) / 2, (other + 1) / 2  # defined on [0, 1], not free of offsets
-    c1, c2 = 0.01**2, 0.03**2
+    image, other = (image + 1) / 2, (other + 1) / 2  # defined on [0, 1]
     window = torch.exp(-(torch.arange(-5.0, 6.0) ** 2) / (2 * 1.5**2))
     window = (window / window.sum()).to(image)
 
@@ -624,11 +544,8 @@ def ssim(image: Tensor, other: Tensor) -> float:
     mean_a, mean_b = blur(image), blur(other)
     var_a, var_b = blur(image**2) - mean_a**2, blur(other**2) - mean_b**2
     cov = blur(image * other) - mean_a * mean_b
-    light = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
-    return (light * (2 * cov + c2) / (var_a + var_b + c2)).mean().item()
-
-
-# ---- main
+    light = (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2)
+    return (light * (2 * cov + 0.03**2) / (var_a + var_b + 0.03**2)).mean().item()
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
@@ -653,9 +570,7 @@ def main() -> None:
     (height, width), (tall, wide) = image.shape[-2:], padded.shape[-2:]
     tiled = tall * wide > TILES_ABOVE
     note = f", padded to {wide}x{tall}" * (padded.shape != image.shape) + ", in tiles" * tiled
-    print(
-        f"dcae | {config.model} | {config.image} {width}x{height}{note} | {device} {config.dtype}"
-    )
+    print(f"dcae | {config.model} | {config.image} {width}x{height}{note} | {device} {dtype}")
 
     images = padded.to(device, dtype)
     latents = tiled_encode(model, images) if tiled else model.encode(images)  # (1, C, h, w)
@@ -665,11 +580,11 @@ def main() -> None:
         raise UserError(f"the reconstruction overflows in {config.dtype}: pass --dtype fp32")
     decoded = decoded.clamp(-1, 1)
     difference = 4 * (decoded - image).abs() - 1  # black where equal
-    out = Path(config.out)
+    sheet = to_pil(torch.cat([image, decoded, difference], -1)[0])
     try:
-        write_whole(out, to_pil(torch.cat([image, decoded, difference], -1)[0]).save)
+        write_whole(Path(config.out), sheet.save)
     except (OSError, ValueError) as error:
-        raise UserError(f"{out} cannot be written ({error}): wanted room, and a .png") from None
+        raise UserError(f"{config.out} cannot be written ({error}): wanted a .png") from None
 
     figures = {
         "psnr": round(psnr(image, decoded), 2),
@@ -677,12 +592,7 @@ def main() -> None:
         "latents": list(latents.shape[1:]),
         "compression": round(padded.numel() / latents.numel(), 2),
     }
-    print(
-        "PSNR {psnr} dB, SSIM {ssim}, latents {latents}, {compression} pixel values each".format(
-            **figures
-        )
-    )
-    print(f"saved  {out}: original | reconstruction | 4 x difference")
+    print(f"saved  {config.out}: original | reconstruction | 4 x difference")
     print(json.dumps(figures | {"model": config.model, "image": config.image, "out": config.out}))
 
 

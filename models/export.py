@@ -1,23 +1,30 @@
-"""What other tools load of a finished run.
+"""What other programs load of a finished run.
 
-What    diffusers  transformer/ is the merged model, for FluxTransformer2DModel.from_pretrained or
-                   SanaTransformer2DModel.from_pretrained; pytorch_lora_weights.safetensors is the
-                   LoRA alone, for load_lora_adapter of a transformer that has the doors.
-        peft       an adapter folder for PeftModel.from_pretrained on a transformer of diffusers'
-                   that has the doors.
-        comfyui    one file in the keys of ComfyUI and of kohya's scripts (FLUX).
-Doors   The embedder and the head have other shapes than the base's, so no LoRA can carry them:
-        doors.safetensors holds them in diffusers' names, for load_state_dict(..., strict=False).
-How     One layer of ours is several of diffusers' whose rows are stacked. A LoRA of it is one for
-        each: the same A, and its rows of B. alpha / rank is multiplied into B, so that a loader
-        that takes alpha to be the rank is right.
+What    diffusers  transformer/ is the merged model, for from_pretrained of
+                   FluxTransformer2DModel or SanaTransformer2DModel.
+                   pytorch_lora_weights.safetensors is the LoRA alone, for load_lora_adapter of
+                   a transformer that has the run's embedder and head.
+        peft       an adapter folder, for PeftModel.from_pretrained of such a transformer.
+        The embedder and the head have other shapes than the base's, so no LoRA can carry them:
+        embedder_head.safetensors holds them, for load_state_dict(..., strict=False).
+Clients sample.py and align.py open transformer/ as it is: config.json names base,
+        autoencoder, shift and size under `_dc_gen`. Other clients must be given three facts:
+        autoencoder  AutoencoderDC with the weights that the run was aligned to
+        shift        the run's, where FluxPipeline computes one from the number of tokens
+        positions    in img_ids, token i of a side is at s * i + (s - 1) / 2, s: position_stride
+        FluxPipeline cuts latents into 2 x 2 patches, and this model has none. To the pipeline,
+        h x w tokens of C channels are 2h x 2w latents of C / 4 channels: vae=None,
+        vae_scale_factor = stride // 2, output_type="latent", then decode (h, w, C) by hand.
+        ComfyUI takes every FLUX for one of 16 channels in 2 x 2 patches and loads none of ours.
+How     One layer of ours is several of diffusers with their rows stacked. Each of them gets the
+        same A and its own rows of B. B is multiplied by alpha / rank, since loaders may take
+        alpha to be the rank.
 """
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from models import flux, sana, weights
@@ -25,145 +32,134 @@ from models.flux import Flux
 from models.script import UserError
 from models.weights import Checkpoint
 
-KINDS = ("diffusers", "peft", "comfyui")
-SHARD = 5 * 10**9  # bytes a file, as diffusers has it
+KINDS = ("diffusers", "peft")
+SHARD = 5 * 10**9  # bytes a file, as in diffusers
+LORA = (".lora_A", ".lora_B")
+
+# ---- names
 
 
-def rows_of(model: nn.Module) -> dict[str, tuple]:
-    """{our tensor: (diffusers' tensors, how they are joined)}."""
+def diffusers_names(model: nn.Module) -> tuple[str, dict[str, tuple]]:
+    """(class, {our tensor: (diffusers' tensors, how they are joined)})."""
+    ours = model.state_dict()
     if isinstance(model, Flux):
-        return flux.name_rows(model.state_dict(), ["x_embedder.weight"])
-    return sana.name_rows(model.state_dict(), ["patch_embed.proj.weight"])
+        return "FluxTransformer2DModel", flux.name_rows(ours, ["x_embedder.weight"])
+    return "SanaTransformer2DModel", sana.name_rows(ours, ["patch_embed.proj.weight"])
 
 
-def split(tensor: Tensor, parts: tuple[str, ...], width: int) -> list[Tensor]:
-    """Rows for each part: q, k, v of `width` rows each, then what is left, if there are four."""
-    if len(parts) == 4:
-        return list(tensor.split([width] * 3 + [len(tensor) - 3 * width]))
-    return list(tensor.chunk(len(parts)))
+def split(model: nn.Module, tensor: Tensor, row: tuple) -> dict[str, Tensor]:
+    """diffusers' tensors by name: the inverse of joining the parts of `row` to ours."""
+    parts, join = row
+    if join is flux.swap_halves:
+        return {parts[0]: flux.swap_halves(tensor)}  # its own inverse
+    if len(parts) == 4:  # q, k and v are as wide as the model, the rest is the MLP's
+        width = model.config["num_attention_heads"] * model.config["attention_head_dim"]
+        return dict(zip(parts, tensor.split([width] * 3 + [len(tensor) - 3 * width])))
+    return dict(zip(parts, tensor.chunk(len(parts))))
 
 
 def to_diffusers(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """The state dict (or the part of these names) under diffusers' names."""
-    state, rows = model.state_dict(), rows_of(model)
-    width = model.config["num_attention_heads"] * model.config["attention_head_dim"]
+    """The state dict, or the tensors of these names, under diffusers' names."""
+    state, (_, rows) = model.state_dict(), diffusers_names(model)
     theirs = {}
     for name in state if names is None else names:
-        parts, join = rows[name]
-        pieces = split(state[name], parts, width)
-        if join is flux.swap_halves:
-            pieces = [flux.swap_halves(state[name])]  # its own inverse
-        theirs |= dict(zip(parts, pieces))
+        theirs |= split(model, state[name], rows[name])
     return theirs
 
 
-def lora_pairs(run: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
-    """{our layer: (A (r, in), alpha / r * B (out, r))}."""
-    stems = [n.removesuffix(".lora_A") for n in run.shapes if n.endswith(".lora_A")]
-    if not stems:
-        raise UserError(f"{run.path} holds no LoRA: it was trained in full, export it merged")
-    pairs = {}
-    for stem in stems:
-        down, up = run.get(f"{stem}.lora_A").float(), run.get(f"{stem}.lora_B").float()
-        pairs[stem] = (down, up * (float(run.metadata["alpha"]) / len(down)))
-    return pairs
-
-
 def diffusers_lora(model: nn.Module, run: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
-    """{diffusers' layer: (A, B)}, as 1x1 convolutions where theirs are."""
-    rows = rows_of(model)
-    width = model.config["num_attention_heads"] * model.config["attention_head_dim"]
+    """{diffusers' layer: (A (r, in), alpha / r * B (out, r))}; empty if the run has no LoRA."""
+    _, rows = diffusers_names(model)
     pairs = {}
-    for stem, (down, up) in lora_pairs(run).items():
-        parts, _ = rows[f"{stem}.weight"]
-        is_conv = model.get_parameter(f"{stem}.weight").dim() == 4
-        for part, piece in zip(parts, split(up, parts, width)):
-            pair = (down, piece.contiguous())
-            pair = tuple(half[..., None, None] for half in pair) if is_conv else pair
-            pairs[part.removesuffix(".weight")] = pair
+    for layer in (n.removesuffix(".lora_A") for n in run.shapes if n.endswith(".lora_A")):
+        down, up = run.get(f"{layer}.lora_A").float(), run.get(f"{layer}.lora_B").float()
+        up = up * (run.alpha / len(down))
+        is_conv = model.get_parameter(f"{layer}.weight").dim() == 4  # 1 x 1: so are A and B
+        for theirs, piece in split(model, up, rows[f"{layer}.weight"]).items():
+            pair = (down[..., None, None], piece[..., None, None]) if is_conv else (down, piece)
+            pairs[theirs.removesuffix(".weight")] = pair
     return pairs
+
+
+# ---- files
 
 
 def write(kind: str, run_file: Path, model: nn.Module, folder: Path) -> list[Path]:
-    """The files written. model: the merged one, on the CPU. UserError: no such kind."""
+    """Export a run; returns the files. `model` is the merged one, on the CPU."""
     if kind not in KINDS:
         raise UserError(f"--export {kind} is unknown; one of {', '.join(KINDS)}")
     run = weights.open_checkpoint(run_file)
-    if kind == "comfyui":
-        return [write_comfyui(model, run, folder)]
-    has_lora = any(name.endswith(".lora_A") for name in run.shapes)
-    # Before a file is written: for peft there has to be one.
-    pairs = diffusers_lora(model, run) if has_lora or kind == "peft" else {}
-    doors = [n for n in run.shapes if not n.endswith((".lora_A", ".lora_B"))]
-    files = [save(folder / "doors.safetensors", to_diffusers(model, doors))]
-    if kind == "peft":
-        return [*files, *write_peft(pairs, folder)]
+    pairs = diffusers_lora(model, run)
+    if kind == "peft" and not pairs:
+        raise UserError(f"{run.path} holds no LoRA: it was trained in full, export it merged")
+    files = []
     if pairs:
-        tensors = {}
-        for layer, (down, up) in pairs.items():
-            tensors[f"transformer.{layer}.lora_A.weight"] = down
-            tensors[f"transformer.{layer}.lora_B.weight"] = up
+        embedder_head = [name for name in run.shapes if not name.endswith(LORA)]
+        tensors = to_diffusers(model, embedder_head)
+        files.append(save(folder / "embedder_head.safetensors", tensors))
+        if kind == "peft":
+            return [*files, *write_peft(pairs, folder)]
+        tensors = lora_tensors(pairs, "transformer")
         files.append(save(folder / "pytorch_lora_weights.safetensors", tensors))
     return [*files, *write_transformer(model, run, folder / "transformer")]
 
 
+def lora_tensors(pairs: dict[str, tuple[Tensor, Tensor]], prefix: str) -> dict[str, Tensor]:
+    tensors = {}
+    for layer, (down, up) in pairs.items():
+        tensors[f"{prefix}.{layer}.lora_A.weight"] = down
+        tensors[f"{prefix}.{layer}.lora_B.weight"] = up
+    return tensors
+
+
+def write_peft(pairs: dict[str, tuple[Tensor, Tensor]], folder: Path) -> list[Path]:
+    rank = len(next(iter(pairs.values()))[0])
+    config = dict(peft_type="LORA", r=rank, lora_alpha=rank, target_modules=sorted(pairs))
+    config |= dict(bias="none", lora_dropout=0.0, inference_mode=True, task_type=None)
+    file = save(folder / "adapter_model.safetensors", lora_tensors(pairs, "base_model.model"))
+    return [file, save_json(folder / "adapter_config.json", config)]
+
+
+def write_transformer(model: nn.Module, run: Checkpoint, folder: Path) -> list[Path]:
+    """config.json and shards, as diffusers' save_pretrained lays them out."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    stem = "diffusion_pytorch_model"
+    # First, so that an export which is interrupted never mixes its shards with an older one's.
+    for old in folder.glob(f"{stem}*"):
+        old.unlink()
+    state = to_diffusers(model)
+    plan = split_torch_state_dict_into_shards(
+        state, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=SHARD
+    )
+    files = [
+        save(folder / file, {name: state[name] for name in names})
+        for file, names in plan.filename_to_tensors.items()
+    ]
+    if plan.is_sharded:
+        index = dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename)
+        files.append(save_json(folder / f"{stem}.safetensors.index.json", index))
+    return [*files, save_json(folder / "config.json", diffusers_config(model, run))]
+
+
+def diffusers_config(model: nn.Module, run: Checkpoint) -> dict:
+    """diffusers' keys, and under `_dc_gen`, which diffusers skips, what sample.py needs."""
+    kept = ("base", "autoencoder", "shift", "size")
+    facts = {key: run.metadata[key] for key in kept if key in run.metadata}
+    config = dict(model.config)
+    facts["position_stride"] = config.pop("position_stride", 1)
+    # SanaPipeline counts with it, so None for "as many as in_channels" will not do.
+    config["out_channels"] = config["out_channels"] or config["in_channels"]
+    name, _ = diffusers_names(model)
+    return {"_class_name": name, **config, "_dc_gen": facts}
+
+
 def save(path: Path, tensors: dict[str, Tensor]) -> Path:
+    # Copies: q, k and v share one A, and safetensors refuses tensors that share memory.
     weights.save(path, {name: t.clone() for name, t in tensors.items()}, {"format": "pt"})
     return path
 
 
-def write_transformer(model: nn.Module, run: Checkpoint, folder: Path) -> list[Path]:
-    """config.json and shards, as diffusers' save_pretrained lays them out.
-
-    What diffusers' config has no word for stands under `_dc_gen`, for sample.py and align.py: its
-    readers pass over a name that begins so.
-    """
-    name = "FluxTransformer2DModel" if isinstance(model, Flux) else "SanaTransformer2DModel"
-    told = {k: v for k, v in run.metadata.items() if k in ("base", "autoencoder", "shift", "size")}
-    told["position_stride"] = model.config.get("position_stride", 1)
-    config = {k: v for k, v in model.config.items() if k != "position_stride"} | {"_dc_gen": told}
-    for old in folder.glob("diffusion_pytorch_model*"):
-        old.unlink()  # more shards of an earlier export, and their index, would be read first
-    shards, size = [{}], 0
-    for key, tensor in to_diffusers(model).items():
-        if size + tensor.nbytes > SHARD and shards[-1]:
-            shards, size = [*shards, {}], 0
-        shards[-1][key], size = tensor, size + tensor.nbytes
-    stem, files, index = "diffusion_pytorch_model", [], {}
-    for i, shard in enumerate(shards):
-        part = f"-{i + 1:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-        files.append(save(folder / f"{stem}{part}.safetensors", shard))
-        index |= dict.fromkeys(shard, files[-1].name)
-    if len(shards) > 1:
-        files.append(folder / f"{stem}.safetensors.index.json")
-        total = sum(t.nbytes for shard in shards for t in shard.values())
-        table = {"metadata": {"total_size": total}, "weight_map": index}
-        files[-1].write_text(json.dumps(table, indent=1))
-    files.append(folder / "config.json")
-    files[-1].write_text(json.dumps({"_class_name": name, **config}, indent=1))
-    return files
-
-
-def write_peft(pairs: dict[str, tuple[Tensor, Tensor]], folder: Path) -> list[Path]:
-    tensors = {}
-    for layer, (down, up) in pairs.items():
-        tensors[f"base_model.model.{layer}.lora_A.weight"] = down
-        tensors[f"base_model.model.{layer}.lora_B.weight"] = up
-    rank = len(next(iter(pairs.values()))[0])
-    config = dict(peft_type="LORA", r=rank, lora_alpha=rank, target_modules=sorted(pairs))
-    config |= dict(bias="none", lora_dropout=0.0, inference_mode=True, task_type=None)
-    file = save(folder / "adapter_model.safetensors", tensors)
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
-    return [file, folder / "adapter_config.json"]
-
-
-def write_comfyui(model: nn.Module, run: Checkpoint, folder: Path) -> Path:
-    """Keys are Black Forest Labs' names with _ for . , which are ours."""
-    if not isinstance(model, Flux):
-        raise UserError("--export comfyui is for FLUX; SANA's LoRA goes to diffusers or peft")
-    tensors = {}
-    for layer, (down, up) in lora_pairs(run).items():
-        key = "lora_unet_" + layer.replace(".", "_")
-        tensors[f"{key}.lora_down.weight"], tensors[f"{key}.lora_up.weight"] = down, up
-        tensors[f"{key}.alpha"] = torch.tensor(float(len(down)))
-    return save(folder / "lora.safetensors", tensors)
+def save_json(path: Path, document: dict) -> Path:
+    weights.write_whole(path, lambda file: file.write_text(json.dumps(document, indent=1)))
+    return path

@@ -5,27 +5,20 @@ What    19 double blocks (text and image tokens have their own weights and meet 
         adaptive LayerNorm.
 Base    16 latent channels in 2x2 patches: 64 numbers a token, 4,096 tokens at 1024 x 1024.
 DC-Gen  32 or 128 latent channels, one token a latent pixel: the same class with other
-        `in_channels`. Only `img_in` and `final_layer.linear` change shape; all between them is
-        the base's.
+        `in_channels`. Only `img_in` and `final_layer.linear` change shape.
 Names   Tensors are named as in Black Forest Labs' single files; diffusers' are mapped below.
-Source  github.com/black-forest-labs/flux (Apache 2.0), written anew from its names, shapes and
-        numbers.
-
-Shapes: B batch, N image tokens, L text tokens, C latent channels, D width, h w latent grid,
-p patch, nh hd heads and their width.
+Source  github.com/black-forest-labs/flux (Apache 2.0), written anew from names and numbers.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.weights import assign, build, open_model
+from models.weights import Rows, assign, build, open_model, rows_of
 
 EPS = 1e-6  # of every norm
 ROPE_THETA = 10_000  # longest wavelength of a rotary axis: 2 pi theta tokens
@@ -45,27 +38,36 @@ def sinusoid(value: Tensor) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), dim=-1)  # (B, 256)
 
 
-def rope_table(
-    text_length: int, grid: tuple[int, int], axes: Sequence[int], stride: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """(L + N, 1, hd) each: cos and sin of id * theta^(-2j / axis), as `rotate` wants them.
+class RopeEmbedder(nn.Module):
+    """The table that `rotate` reads. A module: a sampler computes it once for all steps."""
 
-    A token has three ids: (0, row, col) for the image, (0, 0, 0) for text. A token that covers
-    `stride` x `stride` tokens of the base sits at their centre.
-    """
-    # fp64 as in the reference: at row 255 an fp32 angle is off by 1e-5. Apple's GPUs have none.
-    exact = {"device": device, "dtype": torch.float32 if device.type == "mps" else torch.float64}
-    rows, cols = (torch.arange(n, **exact) * stride + (stride - 1) / 2 for n in grid)
-    row, col = torch.meshgrid(rows, cols, indexing="ij")  # (h', w') each
-    ids = torch.stack((torch.zeros_like(row), row, col)).flatten(1)  # (3, N)
-    ids = F.pad(ids, (text_length, 0))  # (3, L + N): text first
-    angles = [
-        position[:, None] * ROPE_THETA ** -(torch.arange(0, axis, 2, **exact) / axis)
-        for position, axis in zip(ids, axes)
-    ]
-    angle = torch.cat(angles, dim=-1)[:, None, :, None]  # (L + N, 1, hd / 2, 1)
-    cos, sin = angle.cos().float(), angle.sin().float()
-    return torch.cat((cos, cos), dim=-1).flatten(2), torch.cat((-sin, sin), dim=-1).flatten(2)
+    def __init__(self, axes: Sequence[int], stride: int):
+        super().__init__()
+        self.axes, self.stride = axes, stride
+
+    def forward(self, text_length: int, grid: tuple[int, int], device: torch.device) -> Tensor:
+        """(2, L + N, 1, hd): cos and sin of id * theta^(-2j / axis).
+
+        A token has three ids: (0, row, col) for the image, (0, 0, 0) for text. A token that
+        covers `stride` x `stride` tokens of the base sits at their centre.
+        """
+        # fp64 as in the reference: at row 255 an fp32 angle is off by 1e-5. Apple's GPUs
+        # have no fp64.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        exact = {"device": device, "dtype": dtype}
+        centre = (self.stride - 1) / 2
+        rows, cols = (torch.arange(n, **exact) * self.stride + centre for n in grid)
+        row, col = torch.meshgrid(rows, cols, indexing="ij")  # (h', w') each
+        ids = torch.stack((torch.zeros_like(row), row, col)).flatten(1)  # (3, N)
+        ids = F.pad(ids, (text_length, 0))  # (3, L + N): text first
+        angles = [
+            position[:, None] * ROPE_THETA ** -(torch.arange(0, axis, 2, **exact) / axis)
+            for position, axis in zip(ids, self.axes)
+        ]
+        angle = torch.cat(angles, dim=-1)[:, None, :, None]  # (L + N, 1, hd / 2, 1)
+        cos, sin = angle.cos().float(), angle.sin().float()
+        pairs = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        return torch.stack(pairs).flatten(3)  # (2, L + N, 1, hd)
 
 
 def rotate(heads: Tensor, rope: Tensor) -> Tensor:
@@ -73,18 +75,6 @@ def rotate(heads: Tensor, rope: Tensor) -> Tensor:
     cos, sin = rope  # sin is (-sin, sin) on each pair
     swapped = heads.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (b, a)
     return heads * cos + swapped * sin
-
-
-class RopeEmbedder(nn.Module):
-    """`rope_table` as a part of the model, (2, L + N, 1, hd): no step of a sampler changes it."""
-
-    def __init__(self, config: dict):
-        super().__init__()
-        self.config = config
-
-    def forward(self, text_length: int, grid: tuple[int, int], device: torch.device) -> Tensor:
-        axes, stride = self.config["axes_dims_rope"], self.config["position_stride"]
-        return torch.stack(rope_table(text_length, grid, axes, stride, device))
 
 
 class MLPEmbedder(nn.Module):
@@ -103,7 +93,7 @@ class MLPEmbedder(nn.Module):
 
 
 class Modulation(nn.Module):
-    """adaLN: condition -> (shift, scale, gate), each (B, 1, D), for each of `parts` branches."""
+    """adaLN: condition -> (shift, scale, gate), (B, 1, D) each, for `parts` branches."""
 
     def __init__(self, width: int, parts: int):
         super().__init__()
@@ -130,7 +120,7 @@ class RMSNorm(nn.Module):
 
 
 class QKNorm(nn.Module):
-    """(B, N, 3D) -> q, k, v, each (B, N, nh, hd), with q and k normalised: logits stay bounded."""
+    """(B, N, 3D) -> q, k, v (B, N, nh, hd); q and k are normalised, which bounds the logits."""
 
     def __init__(self, head_dim: int):
         super().__init__()
@@ -153,54 +143,10 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
 
-def split_heads(
-    streams: list[tuple[Tensor, QKNorm]], rope: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """[(qkv (B, n, 3D), its norm)] -> q, k, v (B, sum of n, nh, hd), normalised and rotated."""
-    q, k, v = (torch.cat(parts, dim=1) for parts in zip(*(norm(qkv) for qkv, norm in streams)))
-    return rotate(q, rope).type_as(v), rotate(k, rope).type_as(v), v
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, attention: Callable) -> Tensor:
     """q, k, v (B, L + N, nh, hd) -> (B, L + N, D)."""
-    out = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (B, nh, L + N, hd)
-    return out.transpose(1, 2).flatten(2)
-
-
-def add_gated(hidden: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    return hidden + gate * branch
-
-
-def apply_mlp(mlp: nn.Sequential, hidden: Tensor) -> Tensor:
-    return mlp(hidden)
-
-
-def join_gelu(attended: Tensor, mlp: Tensor) -> Tensor:
-    """(B, N, D), (B, N, 4D) -> (B, N, 5D): what the last layer of a single block reads."""
-    return torch.cat((attended, F.gelu(mlp, approximate="tanh")), dim=-1)
-
-
-def fan_out(block: "SingleStreamBlock", hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The first layer of a single block: (B, N, D) -> qkv (B, N, 3D), MLP (B, N, 4D)."""
-    return block.linear1(hidden).split(block.widths, dim=-1)
-
-
-def fan_in(block: "SingleStreamBlock", attended: Tensor, mlp: Tensor) -> Tensor:
-    """The last one: (B, N, D), the MLP as `fan_out` gives it -> (B, N, D)."""
-    return block.linear2(join_gelu(attended, mlp))
-
-
-# What a block does between its matrix products. `ops` of a block may be set to functions of the
-# same names that do it in fewer passes over memory, as those of models/kernels.py.
-PLAIN = SimpleNamespace(
-    modulate=modulate,
-    split_heads=split_heads,
-    add_gated=add_gated,
-    apply_mlp=apply_mlp,
-    fan_out=fan_out,
-    fan_in=fan_in,
-    takes_rows=True,  # what modulate gives is read by a linear layer alone
-)
+    q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))  # (B, nh, L + N, hd) each
+    return attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def clip(hidden: Tensor) -> Tensor:
@@ -212,9 +158,7 @@ def clip(hidden: Tensor) -> Tensor:
 
 
 class DoubleStreamBlock(nn.Module):
-    """Text and image keep their own weights; one attention over [text, image] lets them meet."""
-
-    ops = PLAIN
+    """Text and image have their own weights and meet in one attention over [text, image]."""
 
     def __init__(self, width: int, head_dim: int):
         super().__init__()
@@ -232,20 +176,16 @@ class DoubleStreamBlock(nn.Module):
         self, img: Tensor, txt: Tensor, condition: Tensor, rope: Tensor, attention: Callable
     ) -> tuple[Tensor, Tensor]:
         img_mod, txt_mod = self.img_mod(condition), self.txt_mod(condition)
-        img_qkv = self.before(img, img_mod, self.img_attn)  # (B, N, 3D)
-        txt_qkv = self.before(txt, txt_mod, self.txt_attn)  # (B, L, 3D)
-        streams = [(txt_qkv, self.txt_attn.norm), (img_qkv, self.img_attn.norm)]
-        q, k, v = self.ops.split_heads(streams, rope)  # (B, L + N, nh, hd) each
+        img_qkv = self.img_attn.qkv(modulate(img, *img_mod[:2]))  # (B, N, 3D)
+        txt_qkv = self.txt_attn.qkv(modulate(txt, *txt_mod[:2]))  # (B, L, 3D)
+        streams = zip(self.txt_attn.norm(txt_qkv), self.img_attn.norm(img_qkv))
+        q, k, v = (torch.cat(parts, dim=1) for parts in streams)  # (B, L + N, nh, hd) each
+        q, k = (rotate(heads, rope).type_as(v) for heads in (q, k))
         joint = attend(q, k, v, attention)  # (B, L + N, D)
         txt_out, img_out = joint.split((txt.shape[1], img.shape[1]), dim=1)
         img = self.after(img, img_out, img_mod, self.img_attn, self.img_mlp)
         txt = self.after(txt, txt_out, txt_mod, self.txt_attn, self.txt_mlp)
         return img, txt
-
-    def before(self, hidden: Tensor, mod: tuple[Tensor, ...], attn: SelfAttention) -> Tensor:
-        """What one stream does before the attention, (B, n, D) -> (B, n, 3D)."""
-        shift, scale = mod[:2]
-        return attn.qkv(self.ops.modulate(hidden, shift, scale))
 
     def after(
         self,
@@ -255,17 +195,15 @@ class DoubleStreamBlock(nn.Module):
         attn: SelfAttention,
         mlp: nn.Sequential,
     ) -> Tensor:
-        """And after it, (B, n, D) twice -> (B, n, D)."""
+        """What one stream does after the attention, (B, n, D) twice -> (B, n, D)."""
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = mod
-        hidden = self.ops.add_gated(hidden, gate, attn.proj(attended))
-        branch = self.ops.apply_mlp(mlp, self.ops.modulate(hidden, mlp_shift, mlp_scale))
-        return clip(self.ops.add_gated(hidden, mlp_gate, branch))
+        hidden = hidden + gate * attn.proj(attended)
+        branch = mlp(modulate(hidden, mlp_shift, mlp_scale))
+        return clip(hidden + mlp_gate * branch)
 
 
 class SingleStreamBlock(nn.Module):
-    """One stream [text, image]; attention and MLP read the same normed input, side by side."""
-
-    ops = PLAIN
+    """One stream [text, image]; attention and MLP read the same input, side by side."""
 
     def __init__(self, width: int, head_dim: int):
         super().__init__()
@@ -279,18 +217,18 @@ class SingleStreamBlock(nn.Module):
         self, hidden: Tensor, condition: Tensor, rope: Tensor, attention: Callable
     ) -> Tensor:
         shift, scale, gate = self.modulation(condition)
-        normed = self.ops.modulate(hidden, shift, scale)
-        qkv, mlp = self.ops.fan_out(self, normed)  # (B, L + N, 3D), (.., 4D)
-        q, k, v = self.ops.split_heads([(qkv, self.norm)], rope)
+        modulated = modulate(hidden, shift, scale)
+        qkv, mlp = self.linear1(modulated).split(self.widths, dim=-1)  # (.., 3D), (.., 4D)
+        q, k, v = self.norm(qkv)  # (B, L + N, nh, hd) each
+        q, k = (rotate(heads, rope).type_as(v) for heads in (q, k))
         attended = attend(q, k, v, attention)  # (B, L + N, D)
-        out = self.ops.fan_in(self, attended, mlp)
-        return clip(self.ops.add_gated(hidden, gate, out))
+        mlp = F.gelu(mlp, approximate="tanh")
+        branch = self.linear2(torch.cat((attended, mlp), dim=-1))  # (B, L + N, D)
+        return clip(hidden + gate * branch)
 
 
 class LastLayer(nn.Module):
     """Modulated LayerNorm, then back to latent channels."""
-
-    ops = PLAIN
 
     def __init__(self, width: int, out_channels: int):
         super().__init__()
@@ -298,9 +236,9 @@ class LastLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, hidden: Tensor, condition: Tensor) -> Tensor:
-        # The SiLU of the Sequential holds a place in the checkpoint's names; it is in `condition`.
+        # The Sequential's SiLU is part of `condition`; here it holds a place in the names.
         shift, scale = self.adaLN_modulation[1](condition)[:, None].chunk(2, dim=-1)
-        return self.linear(self.ops.modulate(hidden, shift, scale))
+        return self.linear(modulate(hidden, shift, scale))
 
 
 # ---- model
@@ -309,9 +247,9 @@ class LastLayer(nn.Module):
 class Flux(nn.Module):
     def __init__(
         self,
-        in_channels: int = 64,  # of a token: 64 = 16 latent channels x 2 x 2; others are unpatched
+        in_channels: int = 64,  # of a token: 64 = 16 channels in 2 x 2 patches, else no patches
         out_channels: int | None = None,  # None or in_channels
-        patch_size: int = 1,  # 1 in every official config, where the pipeline cuts the patches
+        patch_size: int = 1,  # in every official config: their pipeline cuts the patches
         num_layers: int = 19,  # double blocks
         num_single_layers: int = 38,
         num_attention_heads: int = 24,
@@ -323,17 +261,15 @@ class Flux(nn.Module):
         position_stride: int = 1,  # ours: base tokens a side that one token covers
     ):
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        config["axes_dims_rope"] = axes = list(axes_dims_rope)
-        if out_channels not in (None, in_channels):
-            raise ValueError(f"{out_channels=} must be {in_channels=}")
-        if patch_size != 1:
-            raise ValueError(f"{patch_size=} must be 1: 2 x 2 patches are told by in_channels=64")
-        if sum(axes) != attention_head_dim or any(axis % 2 for axis in axes) or len(axes) != 3:
+        axes = list(axes_dims_rope)
+        if len(axes) != 3 or sum(axes) != attention_head_dim or any(axis % 2 for axis in axes):
             raise ValueError(
-                f"axes_dims_rope={axes} must be 3 even numbers of sum {attention_head_dim=}"
+                f"{axes_dims_rope=} must be 3 even numbers of sum {attention_head_dim}"
             )
+        if patch_size != 1 or out_channels not in (None, in_channels):
+            raise ValueError(f"{patch_size=} must be 1, and {out_channels=} {in_channels}")
         super().__init__()
-        self.config = config
+        self.config = config | {"axes_dims_rope": axes}
         self.patch_size = 2 if in_channels == 64 else 1
         self.latent_channels = in_channels // self.patch_size**2
         self.attention = F.scaled_dot_product_attention  # replaceable: q, k, v -> out
@@ -345,7 +281,7 @@ class Flux(nn.Module):
         self.vector_in = MLPEmbedder(pooled_projection_dim, width)
         if guidance_embeds:
             self.guidance_in = MLPEmbedder(SINUSOID_CHANNELS, width)
-        self.pe_embedder = RopeEmbedder(config)
+        self.pe_embedder = RopeEmbedder(axes, position_stride)
         self.double_blocks = nn.ModuleList(
             DoubleStreamBlock(width, attention_head_dim) for _ in range(num_layers)
         )
@@ -364,13 +300,26 @@ class Flux(nn.Module):
         weights: str | None = None,  # a folder to look in instead of the hub
     ) -> "Flux":
         checkpoint, config, run = open_model(path, PRESETS, "transformer", config, weights)
-        config = told_by_names(checkpoint.shapes) | (config or {})
+        config = config_from_shapes(checkpoint.shapes) | (config or {})
         if exported := config.get("_dc_gen"):  # by lora.py, in diffusers' format
             config["position_stride"] = exported.get("position_stride", 1)
         model = build(cls, config, checkpoint.path)
         rows = name_rows(model.state_dict(), checkpoint.shapes)
-        assign(model, rows, checkpoint, device=device, dtype=dtype, run=run)
+        assign(model, rows, checkpoint, device, dtype, run)
         return model
+
+    @property
+    def embedder(self) -> nn.Module:
+        return self.img_in
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """All blocks, in order."""
+        return [*self.double_blocks, *self.single_blocks]
+
+    @property
+    def head(self) -> nn.Module:
+        return self.final_layer
 
     def embed(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) -> tokens (B, N, D). Embedding alignment regresses on this."""
@@ -423,32 +372,23 @@ class Flux(nn.Module):
 
 # ---- official weights
 
+GUIDED = {"in_channels": 64, "guidance_embeds": True}  # distilled: guidance is an input
+SCHNELL = {"in_channels": 64, "guidance_embeds": False}
+DC_GEN = "dc-ai/DC-Gen-FLUX.1-Krea-Dev-"
+
+
+def bfl(name: str, file: str, config: dict) -> dict:
+    return {"hub": f"black-forest-labs/FLUX.1-{name}", "file": file, "config": config}
+
+
 PRESETS = {
     "flux-toy": {"path": "models/toy/flux.safetensors"},
     "dc-gen-toy": {"path": "models/toy/dc-gen-f32.safetensors"},  # a run of ours
-    "flux-dev": {
-        "hub": "black-forest-labs/FLUX.1-dev",
-        "file": "flux1-dev.safetensors",
-        "config": {"in_channels": 64, "guidance_embeds": True},
-    },
-    "flux-krea": {
-        "hub": "black-forest-labs/FLUX.1-Krea-dev",
-        "file": "flux1-krea-dev.safetensors",
-        "config": {"in_channels": 64, "guidance_embeds": True},
-    },
-    "flux-schnell": {
-        "hub": "black-forest-labs/FLUX.1-schnell",
-        "file": "flux1-schnell.safetensors",
-        "config": {"in_channels": 64, "guidance_embeds": False},
-    },
-    "dc-gen-flux-1k": {
-        "hub": "dc-ai/DC-Gen-FLUX.1-Krea-Dev-Res1K",
-        "config": {"in_channels": 32, "guidance_embeds": True},
-    },
-    "dc-gen-flux-4k": {
-        "hub": "dc-ai/DC-Gen-FLUX.1-Krea-Dev-Res4K",
-        "config": {"in_channels": 128, "guidance_embeds": True},
-    },
+    "flux-dev": bfl("dev", "flux1-dev.safetensors", GUIDED),
+    "flux-krea": bfl("Krea-dev", "flux1-krea-dev.safetensors", GUIDED),
+    "flux-schnell": bfl("schnell", "flux1-schnell.safetensors", SCHNELL),
+    "dc-gen-flux-1k": {"hub": DC_GEN + "Res1K", "config": GUIDED | {"in_channels": 32}},
+    "dc-gen-flux-4k": {"hub": DC_GEN + "Res4K", "config": GUIDED | {"in_channels": 128}},
 }
 
 PREFIX = "model.diffusion_model."  # of some repacked single files
@@ -499,17 +439,13 @@ NAME_MAP = {  # our module: diffusers' modules, whose rows are stacked; {} is th
 }
 
 
-def told_by_names(shapes: dict[str, tuple]) -> dict:
-    """What a file without config says of itself; the rest of it must then be FLUX.1's."""
-    told = {"guidance_embeds": any("guidance" in name for name in shapes)}
+def config_from_shapes(shapes: dict[str, tuple]) -> dict:
+    """What a file without a config shows of it; the rest must then be FLUX.1's."""
+    config = {"guidance_embeds": any("guidance" in name for name in shapes)}
     for name in ("img_in.weight", PREFIX + "img_in.weight", "x_embedder.weight"):
         if name in shapes:
-            told["in_channels"] = shapes[name][1]
-    return told
-
-
-def stack_rows(*parts: Tensor) -> Tensor:
-    return torch.cat(parts)
+            config["in_channels"] = shapes[name][1]
+    return config
 
 
 def swap_halves(rows: Tensor) -> Tensor:
@@ -517,19 +453,16 @@ def swap_halves(rows: Tensor) -> Tensor:
     return torch.cat(rows.chunk(2)[::-1])
 
 
-def name_rows(ours: Iterable[str], official: Iterable[str]) -> dict[str, tuple]:
-    """{our tensor: (official tensors, how to join them)}; the official names tell the format."""
+def name_rows(ours: Iterable[str], official: Iterable[str]) -> Rows:
+    """The official tensors of each of ours, in the dialect that these official names are in."""
     official = set(official)
     if "x_embedder.weight" not in official:
         prefix = PREFIX if PREFIX + "img_in.weight" in official else ""
         return {name: ((prefix + name,), None) for name in ours}
-    rows = {}
-    for name in ours:
-        block = re.search(r"_blocks\.(\d+)\.", name)
-        index = block[1] if block else ""
-        module, _, kind = name.replace(f"_blocks.{index}.", "_blocks.{}.").rpartition(".")
-        kind = "weight" if kind == "scale" else kind  # of a norm
-        theirs = tuple(f"{their.format(index)}.{kind}" for their in NAME_MAP[module])
-        join = swap_halves if module == "final_layer.adaLN_modulation.1" else None
-        rows[name] = (theirs, stack_rows if len(theirs) > 1 else join)
+    rows = rows_of(NAME_MAP, ours)
+    for name, (theirs, join) in rows.items():
+        if name.endswith(".scale"):  # of a norm
+            rows[name] = (tuple(their.replace(".scale", ".weight") for their in theirs), join)
+        if name.startswith("final_layer.adaLN_modulation"):
+            rows[name] = (theirs, swap_halves)
     return rows

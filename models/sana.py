@@ -2,15 +2,12 @@
 
 What    20 blocks (1.6B): linear self-attention, cross-attention to the text, convolutional MLP.
 Why     Without a softmax, (q k^T) v = q (k^T v): the N x N matrix of scores is never formed. What
-        that loses in precision, a 3x3 depthwise convolution in the MLP gives back; it also tells
-        positions apart, so that 512 and 1024 pixels need no positional embedding.
+        that loses in precision, a 3x3 depthwise convolution in the MLP gives back. It also sees
+        positions, so that models for 512 and 1024 pixels need no positional embedding.
 Latents 32 channels at f32 (DC-AE); DC-Gen-SANA: 128 channels at f64, the same class.
 Names   Tensors are named as in NVlabs' .pth files; diffusers' names are mapped below.
 Source  SANA, arXiv 2410.10629, and SANA-1.5, arXiv 2501.18427 (normalised q and k);
-        github.com/NVlabs/Sana (Apache 2.0), written anew from its names, shapes and numbers.
-
-Shapes: B batch, N image tokens, L text tokens, C latent channels, D width, h w latent grid,
-p patch, nh hd heads and their width.
+        github.com/NVlabs/Sana (Apache 2.0), written anew from names and numbers.
 """
 
 import math
@@ -18,13 +15,12 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.weights import assign, build, open_model
+from models.weights import Rows, assign, build, open_model, rows_of
 
 QK_NORM = "rms_norm_across_heads"  # of SANA-1.5
 QK_NORM_EPS = 1e-5
@@ -32,16 +28,7 @@ TEXT_NORM_EPS = 1e-5
 FINAL_NORM_EPS = 1e-6
 ATTENTION_EPS = 1e-15  # only for a token whose q or all whose k are 0 after the ReLU
 SINUSOID_CHANNELS = 256  # of the timestep embedding
-PADDED = -10_000.0  # added to a padded token's logit: finite, so that no row of the softmax is NaN
-
-
-# Keys of config.json whose other values belong to no model here (guidance: SANA-Sprint).
-FIXED = {
-    "dropout": 0.0,
-    "norm_elementwise_affine": False,
-    "guidance_embeds": False,
-    "timestep_scale": 1.0,
-}
+PADDED = -10_000.0  # added to a padded token's logit; finite: no row of the softmax is NaN
 
 
 def named(**modules: nn.Module) -> nn.Sequential:
@@ -52,7 +39,7 @@ def named(**modules: nn.Module) -> nn.Sequential:
 # ---- positions and embeddings
 
 
-def milliseconds(timestep: Tensor) -> Tensor:
+def thousandths(timestep: Tensor) -> Tensor:
     """[0, 1] -> [0, 1000] in fp32, where 999 / 1000 comes back as 999 and not as 999.00006.
 
     SANA's DPM solver gives its model whole numbers; anything else passes as it is.
@@ -70,38 +57,38 @@ def sinusoid(value: Tensor) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), dim=-1)  # (B, 256)
 
 
-def position_table(
-    grid: tuple[int, int], dim: int, base_size: int, scale: float, device: torch.device
-) -> Tensor:
-    """(N, D): sin and cos of the column in the first half of D, of the row in the second.
-
-    Any grid is stretched over base_size / scale positions a side. 2K and 4K models only.
-    """
-    # fp64 as in the reference; Apple's GPUs have none.
-    exact = {"device": device, "dtype": torch.float32 if device.type == "mps" else torch.float64}
-    rows, cols = (torch.arange(n, **exact) * (base_size / n / scale) for n in grid)
-    row, col = torch.meshgrid(rows, cols, indexing="ij")  # (h, w) each
-    frequency = 10_000 ** -(torch.arange(dim // 4, **exact) / (dim // 4))
-    angle = torch.stack((col, row), dim=-1).flatten(0, 1)[..., None] * frequency  # (N, 2, D / 4)
-    return torch.cat((angle.sin(), angle.cos()), dim=-1).flatten(1).float()  # (N, D)
-
-
 class PositionEmbedder(nn.Module):
-    """`position_table` as a part of the model: no step of a sampler changes it."""
+    """Positions of the 2K and 4K models. A module: a sampler computes it once for all steps."""
 
     def __init__(self, width: int, base_size: int, scale: float):
         super().__init__()
         self.width, self.base_size, self.scale = width, base_size, scale
 
     def forward(self, grid: tuple[int, int], device: torch.device) -> Tensor:
-        return position_table(grid, self.width, self.base_size, self.scale, device)
+        """(N, D): sin and cos of the column in the first half of D, of the row in the second.
+
+        Any grid is stretched over base_size / scale positions a side.
+        """
+        # fp64 as in the reference; Apple's GPUs have none.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        exact = {"device": device, "dtype": dtype}
+        rows, cols = (torch.arange(n, **exact) * (self.base_size / n / self.scale) for n in grid)
+        row, col = torch.meshgrid(rows, cols, indexing="ij")  # (h, w) each
+        quarter = self.width // 4
+        frequency = 10_000 ** -(torch.arange(quarter, **exact) / quarter)
+        position = torch.stack((col, row), dim=-1).flatten(0, 1)  # (N, 2)
+        angle = position[..., None] * frequency  # (N, 2, D / 4)
+        return torch.cat((angle.sin(), angle.cos()), dim=-1).flatten(1).float()  # (N, D)
 
 
 # ---- parts of a block
 
 
 class RMSNorm(nn.Module):
-    """Unit mean square over all D channels, in fp32."""
+    """Unit mean square over all D channels, in fp32; the result has the dtype of the input.
+
+    Not nn.RMSNorm: under autocast that gives fp32 from torch 2.12 on, and bf16 before.
+    """
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -131,34 +118,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (q @ context) / (q @ total + ATTENTION_EPS)
 
 
-def attend_linear(q: Tensor, k: Tensor, v: Tensor, head_dim: int) -> Tensor:
-    """`linear_attention` in heads of `head_dim`, for (B, N, D) each -> (B, N, D)."""
-    q, k, v = (part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in (q, k, v))
-    return linear_attention(q, k, v).transpose(1, 2).flatten(2).type_as(v)
-
-
-def add_gated(hidden: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
-    return hidden + gate * branch
-
-
-def conv_mlp(mlp: "ConvMLP", hidden: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, N, D) -> (B, N, D), by way of the picture (B, D, h, w)."""
-    image = hidden.unflatten(1, grid).permute(0, 3, 1, 2)  # (B, D, h, w)
-    image = mlp.depth_conv(F.silu(mlp.inverted_conv(image)))  # (B, 5D, h, w)
-    value, gate = image.chunk(2, dim=1)
-    return mlp.point_conv(value * F.silu(gate)).flatten(2).transpose(1, 2)  # (B, N, D)
-
-
-# What a block does between its matrix products. `ops` of a block may be set to functions of the
-# same names that do it in fewer passes over memory, as those of models/kernels.py.
-PLAIN = SimpleNamespace(
-    modulate=modulate, add_gated=add_gated, attend_linear=attend_linear, conv_mlp=conv_mlp
-)
-
-
 class LinearSelfAttention(nn.Module):
-    ops = PLAIN
-
     def __init__(self, width: int, head_dim: int, bias: bool, qk_norm: bool):
         super().__init__()
         self.head_dim = head_dim
@@ -169,8 +129,12 @@ class LinearSelfAttention(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         q, k, v = self.qkv(hidden).chunk(3, dim=-1)  # (B, N, D) each
-        out = self.ops.attend_linear(self.q_norm(q), self.k_norm(k), v, self.head_dim)
-        out = self.proj(out)  # (B, N, D)
+        q, k, v = (
+            part.unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # (B, nh, N, hd)
+            for part in (self.q_norm(q), self.k_norm(k), v)
+        )
+        out = linear_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, D)
+        out = self.proj(out.type_as(v))  # (B, N, D)
         return out.clip(-65504, 65504) if out.dtype == torch.float16 else out  # fp16 ends there
 
 
@@ -201,28 +165,26 @@ class CrossAttention(nn.Module):
 class ConvMLP(nn.Module):
     """Expand, look at the eight neighbours, gate, contract ("Mix-FFN")."""
 
-    ops = PLAIN
-
     def __init__(self, width: int, ratio: float):
         super().__init__()
         inner = int(ratio * width)
         self.inverted_conv = named(conv=nn.Conv2d(width, 2 * inner, 1))
-        self.depth_conv = named(
-            conv=nn.Conv2d(2 * inner, 2 * inner, 3, padding=1, groups=2 * inner)
-        )
+        depthwise = nn.Conv2d(2 * inner, 2 * inner, 3, padding=1, groups=2 * inner)
+        self.depth_conv = named(conv=depthwise)
         self.point_conv = named(conv=nn.Conv2d(inner, width, 1, bias=False))
 
     def forward(self, hidden: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.ops.conv_mlp(self, hidden, grid)
+        image = hidden.unflatten(1, grid).permute(0, 3, 1, 2)  # (B, D, h, w)
+        image = self.depth_conv(F.silu(self.inverted_conv(image)))  # (B, 5D, h, w)
+        value, gate = image.chunk(2, dim=1)
+        return self.point_conv(value * F.silu(gate)).flatten(2).transpose(1, 2)  # (B, N, D)
 
 
 # ---- blocks
 
 
 class SanaBlock(nn.Module):
-    """Its modulation is a table of its own plus a vector that all blocks share ("adaLN-single")."""
-
-    ops = PLAIN
+    """Modulated by its own table plus a vector that all blocks share ("adaLN-single")."""
 
     def __init__(self, width: int, config: dict):
         super().__init__()
@@ -247,13 +209,12 @@ class SanaBlock(nn.Module):
     ) -> Tensor:
         modulation = (self.scale_shift_table + condition).chunk(6, dim=1)  # (B, 1, D) each
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        ops = self.ops
-        attended = self.attn(ops.modulate(hidden, shift, scale, self.eps))
-        hidden = ops.add_gated(hidden, gate, attended)
-        # The text comes in with neither norm nor gate.
+        attended = self.attn(modulate(hidden, shift, scale, self.eps))
+        hidden = hidden + gate * attended
+        # The text is added with neither norm nor gate.
         hidden = hidden + self.cross_attn(hidden, text, text_bias, attention)
-        mlp_in = ops.modulate(hidden, mlp_shift, mlp_scale, self.eps)
-        return ops.add_gated(hidden, mlp_gate, self.mlp(mlp_in, grid))
+        branch = self.mlp(modulate(hidden, mlp_shift, mlp_scale, self.eps), grid)
+        return hidden + mlp_gate * branch
 
 
 class FinalLayer(nn.Module):
@@ -299,11 +260,10 @@ class Sana(nn.Module):
     ):
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         width = num_attention_heads * attention_head_dim
-        for key, value in {**FIXED, "cross_attention_dim": width}.items():
-            if config[key] != value:
-                raise ValueError(f"{key}={config[key]} must be {value}")
-        if qk_norm not in (None, QK_NORM):
-            raise ValueError(f"{qk_norm=} must be None or {QK_NORM!r}")
+        unknown = guidance_embeds or dropout or qk_norm not in (None, QK_NORM)
+        if unknown or cross_attention_dim != width:
+            wanted = f"cross_attention_dim={width}, qk_norm={QK_NORM} or None, no guidance_embeds"
+            raise ValueError(f"wanted {wanted}, no dropout")  # with guidance it is SANA-Sprint
         super().__init__()
         self.config = config
         self.patch_size, self.latent_channels = patch_size, in_channels
@@ -315,11 +275,8 @@ class Sana(nn.Module):
         if interpolation_scale is not None:
             size = sample_size // patch_size
             self.pos_embedder = PositionEmbedder(width, size, interpolation_scale)
-        self.t_embedder = named(
-            mlp=nn.Sequential(
-                nn.Linear(SINUSOID_CHANNELS, width), nn.SiLU(), nn.Linear(width, width)
-            )
-        )
+        layers = nn.Linear(SINUSOID_CHANNELS, width), nn.SiLU(), nn.Linear(width, width)
+        self.t_embedder = named(mlp=nn.Sequential(*layers))
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.y_embedder = named(
             y_proj=named(
@@ -342,10 +299,18 @@ class Sana(nn.Module):
         weights: str | None = None,  # a folder to look in instead of the hub
     ) -> "Sana":
         checkpoint, config, run = open_model(path, PRESETS, "transformer", config, weights)
-        model = build(cls, config or told_by_names(checkpoint.shapes), checkpoint.path)
+        model = build(cls, config or config_from_shapes(checkpoint.shapes), checkpoint.path)
         rows = name_rows(model.state_dict(), checkpoint.shapes)
-        assign(model, rows, checkpoint, DROPPED, device, dtype, run)
+        assign(model, rows, checkpoint, device, dtype, run, DROPPED)
         return model
+
+    @property
+    def embedder(self) -> nn.Module:
+        return self.x_embedder
+
+    @property
+    def head(self) -> nn.Module:
+        return self.final_layer
 
     def embed(self, latents: Tensor) -> Tensor:
         """(B, C, h, w) -> tokens (B, N, D). Embedding alignment regresses on this."""
@@ -376,7 +341,7 @@ class Sana(nn.Module):
             hidden = hidden + self.pos_embedder(grid, hidden.device).to(dtype)
         text = self.attention_y_norm(self.y_embedder(text.to(dtype)))  # (B, L, D)
         text_bias = PADDED * (1 - text_mask.to(dtype))[:, None, None]  # (B, 1, 1, L)
-        embedded = self.t_embedder(sinusoid(milliseconds(timestep)).to(dtype))  # (B, D)
+        embedded = self.t_embedder(sinusoid(thousandths(timestep)).to(dtype))  # (B, D)
         condition = self.t_block(embedded).unflatten(1, (6, -1))  # (B, 6, D)
         for block in self.blocks:
             hidden = block(hidden, text, text_bias, condition, grid, self.attention)
@@ -399,40 +364,26 @@ SAMPLED_AT = {  # pixels a side
     2048: {"sample_size": 64, "interpolation_scale": 1.0},
     4096: {"sample_size": 128, "interpolation_scale": 2.0},
 }
-DC_GEN_F64 = {"in_channels": 128, "out_channels": 128, "sample_size": 16}
+
+
+def nvlabs(name: str, config: dict) -> dict:
+    return {"hub": f"Efficient-Large-Model/{name}_diffusers", "config": config}
+
 
 PRESETS = {
     "sana-toy": {"path": "models/toy/sana.safetensors"},
-    "sana-0.6b-512": {
-        "hub": "Efficient-Large-Model/Sana_600M_512px_diffusers",
-        "config": SIZE_600M | SAMPLED_AT[512],
-    },
-    "sana-0.6b": {
-        "hub": "Efficient-Large-Model/Sana_600M_1024px_diffusers",
-        "config": SIZE_600M | SAMPLED_AT[1024],
-    },
-    "sana-1.6b-512": {
-        "hub": "Efficient-Large-Model/Sana_1600M_512px_MultiLing_diffusers",
-        "config": SAMPLED_AT[512],
-    },
-    "sana-1.6b": {
-        "hub": "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
-        "config": SAMPLED_AT[1024],
-    },
-    "sana-1.6b-2k": {
-        "hub": "Efficient-Large-Model/Sana_1600M_2Kpx_BF16_diffusers",
-        "config": SAMPLED_AT[2048],
-    },
-    "sana-1.6b-4k": {
-        "hub": "Efficient-Large-Model/Sana_1600M_4Kpx_BF16_diffusers",
-        "config": SAMPLED_AT[4096],
-    },
-    "sana-1.5-1.6b": {
-        "hub": "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
-        "config": SAMPLED_AT[1024] | {"qk_norm": QK_NORM},
-    },
+    "sana-0.6b-512": nvlabs("Sana_600M_512px", SIZE_600M | SAMPLED_AT[512]),
+    "sana-0.6b": nvlabs("Sana_600M_1024px", SIZE_600M | SAMPLED_AT[1024]),
+    "sana-1.6b-512": nvlabs("Sana_1600M_512px_MultiLing", SAMPLED_AT[512]),
+    "sana-1.6b": nvlabs("Sana_1600M_1024px_BF16", SAMPLED_AT[1024]),
+    "sana-1.6b-2k": nvlabs("Sana_1600M_2Kpx_BF16", SAMPLED_AT[2048]),
+    "sana-1.6b-4k": nvlabs("Sana_1600M_4Kpx_BF16", SAMPLED_AT[4096]),
+    "sana-1.5-1.6b": nvlabs("SANA1.5_1.6B_1024px", SAMPLED_AT[1024] | {"qk_norm": QK_NORM}),
     # No release is known: the name under which --weights DIR looks for it.
-    "dc-gen-sana-f64c128": {"hub": "dc-ai/DC-Gen-SANA-1.6B-f64c128", "config": DC_GEN_F64},
+    "dc-gen-sana-f64c128": {
+        "hub": "dc-ai/DC-Gen-SANA-1.6B-f64c128",
+        "config": {"in_channels": 128, "out_channels": 128, "sample_size": 16},
+    },
 }
 
 # Buffers that nothing reads, and a head from training.
@@ -471,7 +422,7 @@ NAME_MAP = {  # our module: diffusers' modules, whose rows are stacked; {} is th
 }
 
 
-def told_by_names(shapes: dict[str, tuple]) -> dict | None:
+def config_from_shapes(shapes: dict[str, tuple]) -> dict | None:
     """The config of a full-size NVlabs file, which carries none."""
     if "x_embedder.proj.weight" not in shapes:
         return None
@@ -487,19 +438,8 @@ def told_by_names(shapes: dict[str, tuple]) -> dict | None:
     }
 
 
-def stack_rows(*parts: Tensor) -> Tensor:
-    return torch.cat(parts)
-
-
-def name_rows(ours: Iterable[str], official: Iterable[str]) -> dict[str, tuple]:
-    """{our tensor: (official tensors, how to join them)}; the official names tell the format."""
+def name_rows(ours: Iterable[str], official: Iterable[str]) -> Rows:
+    """The official tensors of each of ours, in the dialect that these official names are in."""
     if "patch_embed.proj.weight" not in official:
         return {name: ((name,), None) for name in ours}
-    rows = {}
-    for name in ours:
-        block = re.match(r"blocks\.(\d+)\.", name)
-        index = block[1] if block else ""
-        module, _, kind = name.replace(f"blocks.{index}.", "blocks.{}.", 1).rpartition(".")
-        theirs = (f"{their.format(index)}.{kind}".lstrip(".") for their in NAME_MAP[module])
-        rows[name] = (tuple(theirs), stack_rows if len(NAME_MAP[module]) > 1 else None)
-    return rows
+    return rows_of(NAME_MAP, ours)

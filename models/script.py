@@ -11,38 +11,32 @@ from dataclasses import MISSING, fields
 
 import torch
 
+NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EEXIST, errno.ENOTDIR)
+
 
 class UserError(ValueError):
-    """The user's mistake, told in one sentence: what we got, what we wanted, the cure."""
+    """The user's mistake in one sentence: what we got, what we wanted, the cure."""
 
 
 def exit_cleanly(main: Callable[[], None]) -> None:
     """Run a script's main: a user's mistake is one line and exit code 2, Ctrl-C is 130."""
     try:
-        main()
+        return main()
     except UserError as error:
         sentence = str(error)
-    except torch.OutOfMemoryError as error:
-        sentence = (
-            f"{str(error).split('. ')[0]}: a smaller picture or batch, or --dtype bf16, may fit; "
-            f"in training --micro-batch 1 --checkpointing"
-        )
-    except OSError as error:  # a picture, a line of metrics.jsonl: what is larger is checked first
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+    except OSError as error:  # a picture, a folder, a line of metrics.jsonl
+        if error.errno not in NO_WRITING:
             raise
-        sentence = (
-            f"{error.filename or 'a file'} cannot be written ({error.strerror}): free some room or "
-            f"name another --out; the last progress saved is sound"
-        )
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # a CPU's way to say it
+        cause = f"{error.filename or 'a file'} cannot be written ({error.strerror or error})"
+        sentence = f"{cause}: free some room or name another --out; saved progress is sound"
+    except RuntimeError as error:  # a CPU has no class of its own for it
+        memory = re.search(r"(\w+ )*out of memory|can't allocate memory", str(error))
+        if not memory:
             raise
-        sentence = "out of memory: a smaller picture or batch may fit"
+        sentence = f"{memory[0]}: a smaller picture or batch, or --micro-batch 1, may fit"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    else:
-        return
     print(f"error: {sentence}", file=sys.stderr)
     sys.exit(2)
 
@@ -53,16 +47,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_config(
-    cls: type, doc: str, argv: Sequence[str] | None = None, defaults: dict | None = None
+    cls: type,
+    doc: str,
+    argv: Sequence[str] | None = None,
+    defaults: Callable[[str], dict] | None = None,
 ):
     """Flags from a dataclass: `doc` and the comments behind its fields are the help.
 
-    A field without default is a positional argument; `from_` is the flag --from. `defaults` stand
-    for the fields' own.
+    A field without default is a positional argument; `from_` is the flag --from.
+    `defaults`, a function of --model, gives other defaults than the fields'.
+    UserError: what argparse refuses, and numbers that are negative or not finite.
     """
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    text = "\n".join(inspect.getsource(part) for part in cls.__mro__[:-1])
-    notes = dict(re.findall(r"^    (\w+):.*?  # (.*)$", text, re.MULTILINE))
+    notes = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
     for field in fields(cls):
         kind, note = field.type, notes.get(field.name, "").replace("%", "%%")
         if isinstance(kind, types.UnionType):  # str | None
@@ -71,12 +68,17 @@ def parse_config(
             parser.add_argument(field.name, type=kind, help=note)
             continue
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        default = (defaults or {}).get(field.name, field.default)
-        if default not in ("", None) and kind is not bool:
+        if field.default not in ("", None) and kind is not bool:
             note = f"{note} (default: %(default)s)"
         flag = "--" + field.name.strip("_").replace("_", "-")
-        parser.add_argument(flag, dest=field.name, default=default, help=note, **how)
-    return cls(**vars(parser.parse_args(argv)))
+        parser.add_argument(flag, dest=field.name, default=field.default, help=note, **how)
+    if defaults:
+        parser.set_defaults(**defaults(parser.parse_args(argv).model))
+    config = cls(**vars(parser.parse_args(argv)))
+    for name, value in vars(config).items():
+        if isinstance(value, int | float) and not 0 <= value < 2**63:  # NaN is neither
+            raise UserError(f"--{name.replace('_', '-')} {value}: wanted a number from 0 on")
+    return config
 
 
 def pick_device(name: str = "") -> torch.device:

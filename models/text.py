@@ -1,10 +1,10 @@
 """Prompts to conditioning.
 
-A text encoder turns prompts into `cond`, the tuple that its transformer takes after the timestep:
+A text encoder turns prompts into `cond`, what its transformer takes after the timestep:
     FLUX   text (B, L, D), pooled_text (B, D')
     SANA   text (B, L, D), text_mask (B, L), True where a token is real
-The encoders are larger than what a GPU has left beside the transformer (T5-XXL: 4.8 B parameters),
-and prompts are few: `encode` loads them, uses them, frees them, and can keep the results in a file.
+A GPU that holds the transformer has no room for the encoders (T5-XXL: 4.8 B parameters),
+and prompts are few: `encode` loads an encoder, uses it and frees it.
 """
 
 import gc
@@ -20,14 +20,16 @@ from torch import Tensor, nn
 
 from models import weights
 from models.script import UserError
+from models.weights import Device
 
 Cond = tuple[Tensor, ...]
+Prompt = tuple[str, bool]  # and whether it is a negative one
 
 PARTS = ["tokenizer*/*", "text_encoder*/*.json", "text_encoder*/*.safetensors"]  # of a pipeline
 PRESETS = {"text-toy": dict(path="models/toy/text.safetensors")}
 
-# SANA puts this before a prompt, and shows its transformer what Gemma made of the prompt alone.
-# The wording is part of the trained model (NVlabs/Sana, Apache 2.0; quotes as diffusers has them).
+# SANA puts this before a prompt; its transformer sees Gemma's output for the prompt alone.
+# The wording is part of the trained model (NVlabs/Sana, Apache 2.0; quotes as in diffusers).
 INSTRUCTION = """\
 Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions \
 suitable for image generation. Evaluate the level of detail in the user prompt:
@@ -51,7 +53,7 @@ User Prompt: """
 class ToyText(nn.Module):
     """A small transformer over a closed vocabulary, trained together with the toy FLUX."""
 
-    def __init__(
+    def __init__(  # the vocabulary is "<pad>", "<bos>", then the words
         self,
         vocabulary: list[str],
         width: int = 128,
@@ -59,31 +61,19 @@ class ToyText(nn.Module):
         heads: int = 4,
         length: int = 16,
     ):
+        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        assert vocabulary[:2] == ["<pad>", "<bos>"], f"vocabulary begins with {vocabulary[:2]}"
-        self.config = dict(
-            vocabulary=list(vocabulary), width=width, layers=layers, heads=heads, length=length
-        )
-        self.vocabulary, self.length = list(vocabulary), length
-        self.cut = {}  # a prompt that is too long is an error here
-        # Drawn on the CPU, whatever the device: on "meta" torch loads its compiler for that, for
-        # seconds. And by itself: who loads a ToyText draws what they would have drawn without.
+        self.config, self.vocabulary, self.length = config, vocabulary, length
+        # On the CPU, as drawing on "meta" loads torch's compiler for seconds; by a generator
+        # of its own, as building one leaves the caller's random numbers alone.
         how = dict(device="cpu", generator=torch.Generator("cpu").manual_seed(0))
         words = torch.randn(len(vocabulary), width, **how)
         self.words = nn.Embedding.from_pretrained(words, freeze=False)
         self.positions = nn.Parameter(torch.randn(length, width, **how) * 0.02)
-        layer = nn.TransformerEncoderLayer(
-            width,
-            heads,
-            4 * width,
-            dropout=0.0,
-            activation="gelu",
-            batch_first=True,
-            norm_first=True,
-        )
-        self.blocks = nn.TransformerEncoder(
-            layer, layers, norm=nn.LayerNorm(width), enable_nested_tensor=False
-        )
+        kind = dict(activation="gelu", dropout=0.0, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, **kind)
+        norm = nn.LayerNorm(width)
+        self.blocks = nn.TransformerEncoder(layer, layers, norm, enable_nested_tensor=False)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens (B, L) -> text (B, L, D), zero where padded, and its mean over words (B, D)."""
@@ -94,21 +84,17 @@ class ToyText(nn.Module):
         return text, text.sum(1) / (~padded).sum(1, keepdim=True)  # "<bos>" is always there
 
     def tokenize(self, prompts: list[str]) -> Tensor:
-        """(B, L): "<bos>", one token a word, then "<pad>". Case and punctuation do not count."""
+        """(B, L): "<bos>", one token a word, then "<pad>". Case and punctuation are ignored."""
         tokens = torch.zeros(len(prompts), self.length, dtype=torch.long)
-        index = {word: i for i, word in enumerate(self.vocabulary)}
         for row, prompt in zip(tokens, prompts):
             words = re.findall(r"\w+", prompt.lower())
-            for word in words:
-                if word not in index:
-                    known = " ".join(self.vocabulary[2:])
-                    raise UserError(f"the toy world has no word {word!r}; it knows: {known}")
+            if unknown := [word for word in words if word not in self.vocabulary]:
+                known = " ".join(self.vocabulary[2:])
+                raise UserError(f"the toy world has no word {unknown[0]!r}; it knows: {known}")
             if len(words) >= self.length:
-                raise UserError(
-                    f"the toy world takes prompts of at most {self.length - 1} words; "
-                    f"this one has {len(words)}: {prompt!r}"
-                )
-            row[: len(words) + 1] = torch.tensor([1] + [index[word] for word in words])
+                limit = f"at most {self.length - 1} words"
+                raise UserError(f"the toy world takes {limit}; {prompt!r} has {len(words)}")
+            row[: len(words) + 1] = torch.tensor([1, *map(self.vocabulary.index, words)])
         return tokens
 
     def encode(self, prompts: list[str], negative: bool = False) -> Cond:
@@ -117,20 +103,17 @@ class ToyText(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
-        path_or_preset: str = "text-toy",
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
+        cls, source: str = "text-toy", device: Device = "cpu", dtype: torch.dtype = torch.float32
     ) -> "ToyText":
-        checkpoint, config, _ = weights.open_model(path_or_preset, PRESETS)
+        checkpoint, config, _ = weights.open_model(source, PRESETS)
         model = weights.build(cls, config, checkpoint.path)
         rows = {name: ((name,), None) for name in model.state_dict()}
-        weights.assign(model, rows, checkpoint, device=device, dtype=dtype)
+        weights.assign(model, rows, checkpoint, device, dtype)
         return model.eval().requires_grad_(False)
 
 
 class SanaToyText(ToyText):
-    """The same encoder for the toy SANA, which wants to know where the words end instead."""
+    """The same encoder for the toy SANA, which takes the words' mask, not their mean."""
 
     def encode(self, prompts: list[str], negative: bool = False) -> Cond:
         """Prompts -> (text, text_mask); the empty prompt is the unconditional one."""
@@ -143,144 +126,105 @@ TOYS = {"toy": ToyText, "sana-toy": SanaToyText}
 # ---- the encoders of FLUX and SANA
 
 
-def load_encoder(
-    name: str, folder: Path, parts: tuple[str, str], device: torch.device, dtype: torch.dtype
-) -> tuple:
-    """(tokenizer, model) from two sub-folders of a diffusers pipeline."""
-    import transformers
+class Reader:
+    """A tokenizer and a model of a diffusers pipeline, its first ("") or its second ("_2")."""
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / parts[0])
-        # A pickle is refused, whatever it holds.
-        model, report = getattr(transformers, name).from_pretrained(
-            folder / parts[1], dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).split("\n")[0]
-        raise UserError(
-            f"cannot load {' and '.join(parts)} from {folder} ({reason}): fetch that pipeline "
-            f"and pass its folder, or with --weights the folder it is in"
-        ) from error
-    if report["missing_keys"]:
-        missing = ", ".join(sorted(report["missing_keys"])[:5])
-        raise UserError(f"{folder / parts[1]} lacks tensors of {name}: {missing}")
-    tokenizer.padding_side = "right"
-    return tokenizer, model.to(device).eval().requires_grad_(False)
+    def __init__(self, kind: str, folder: Path, number: str, device: Device, dtype: torch.dtype):
+        import transformers
 
+        transformers.logging.set_verbosity_error()
+        how = dict(dtype=dtype, use_safetensors=True, output_loading_info=True)  # no pickle
+        source, words = folder / f"text_encoder{number}", folder / f"tokenizer{number}"
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(words)
+            model, report = getattr(transformers, kind).from_pretrained(source, **how)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            cause = "or its tokenizer does not load: pass a pipeline's folder, or --weights"
+            raise UserError(f"{source} {cause} ({error!r:.200})") from error
+        if missing := sorted(report["missing_keys"]):
+            raise UserError(f"{source} lacks tensors of {kind}: {', '.join(missing[:5])}")
+        self.tokenizer.padding_side = "right"
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.kind, self.cut = kind, 0  # tokens over the limit, which the model does not see
 
-def tokenize(
-    tokenizer, prompts: list[str], length: int, cut: dict[str, int], reader: str
-) -> tuple[Tensor, Tensor]:
-    """tokens and mask, (B, length) each; adds to `cut` how many tokens `reader` does not see."""
-    lost = sum(max(0, len(row) - length) for row in tokenizer(prompts).input_ids)
-    cut[reader] = cut.get(reader, 0) + lost
-    padded = tokenizer(
-        prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    )
-    return padded.input_ids, padded.attention_mask
+    def tokenize(self, prompts: list[str], length: int) -> tuple[Tensor, Tensor]:
+        """tokens and mask, (B, length) each"""
+        self.cut += sum(max(0, len(row) - length) for row in self.tokenizer(prompts).input_ids)
+        how = dict(padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        padded = self.tokenizer(prompts, **how).to(self.model.device)
+        return padded.input_ids, padded.attention_mask
 
 
 class FluxText:
-    """T5 reads the prompt word by word; CLIP says in one vector what the picture is of."""
+    """T5 gives one vector for each token of the prompt, CLIP one vector for all of it."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, length: int = 512):
-        clip, t5 = ("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")
-        self.clip_tokenizer, self.clip = load_encoder("CLIPTextModel", folder, clip, device, dtype)
-        self.t5_tokenizer, self.t5 = load_encoder("T5EncoderModel", folder, t5, device, dtype)
-        self.clip_length = self.clip_tokenizer.model_max_length  # 77
-        self.length = length  # 512; schnell was trained with 256
-        self.cut = {}
+    def __init__(self, folder: Path, device: Device, dtype: torch.dtype, length: int):
+        self.clip = Reader("CLIPTextModel", folder, "", device, dtype)
+        self.t5 = Reader("T5EncoderModel", folder, "_2", device, dtype)
+        self.readers, self.length = (self.clip, self.t5), length
 
     def encode(self, prompts: list[str], negative: bool = False) -> Cond:
-        """text (B, 512, 4096), pooled_text (B, 768). The unconditional prompt is the empty one."""
-        clip_tokens, _ = tokenize(self.clip_tokenizer, prompts, self.clip_length, self.cut, "CLIP")
-        t5_tokens, _ = tokenize(self.t5_tokenizer, prompts, self.length, self.cut, "T5")
-        pooled_text = self.clip(clip_tokens.to(self.clip.device)).pooler_output
-        text = self.t5(t5_tokens.to(self.t5.device))[0]  # no mask: FLUX has the padding in sight
-        return text, pooled_text
+        """text (B, 512, 4096), pooled_text (B, 768). Unconditional is the empty prompt."""
+        clip_tokens, _ = self.clip.tokenize(prompts, 77)
+        t5_tokens, _ = self.t5.tokenize(prompts, self.length)  # no mask: FLUX sees the padding
+        return self.t5.model(t5_tokens)[0], self.clip.model(clip_tokens).pooler_output
 
 
 class SanaText:
-    """Gemma-2, a chat model, reads the prompt after an instruction to picture it in detail."""
+    """Gemma-2, a chat model, reads the prompt after an instruction to enhance it."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, length: int = 300):
-        parts = ("tokenizer", "text_encoder")
-        self.tokenizer, self.gemma = load_encoder("Gemma2Model", folder, parts, device, dtype)
-        self.length, self.cut = length, {}
+    def __init__(self, folder: Path, device: Device, dtype: torch.dtype, length: int = 300):
+        self.gemma = Reader("Gemma2Model", folder, "", device, dtype)
+        self.readers, self.length = (self.gemma,), length
 
     def encode(self, prompts: list[str], negative: bool = False) -> Cond:
-        """text (B, 300, 2304), text_mask (B, 300). A negative prompt goes without instruction."""
+        """text (B, 300, 2304), text_mask (B, 300). A negative prompt has no instruction."""
         prompts, length = [prompt.lower().strip() for prompt in prompts], self.length
         if not negative:
             prompts = [INSTRUCTION + prompt for prompt in prompts]
-            # The instruction's own tokens; two less, for the first token and the trailing space.
-            length += len(self.tokenizer.encode(INSTRUCTION)) - 2
-        tokens, mask = tokenize(self.tokenizer, prompts, length, self.cut, "Gemma")
-        tokens, mask = tokens.to(self.gemma.device), mask.to(self.gemma.device)
-        hidden = self.gemma(tokens, attention_mask=mask, use_cache=False)[0]  # (B, L, 2304)
-        kept = [0, *range(1 - self.length, 0)]  # the first token, then the prompt and its padding
+            # The instruction's own tokens, but for the first one and the trailing space.
+            length += len(self.gemma.tokenizer.encode(INSTRUCTION)) - 2
+        tokens, mask = self.gemma.tokenize(prompts, length)
+        hidden = self.gemma.model(tokens, attention_mask=mask, use_cache=False)[0]
+        kept = [0, *range(1 - self.length, 0)]  # the first token, the prompt, its padding
         return hidden[:, kept], mask[:, kept].bool()
-
-
-# ---- load, encode, free
 
 
 @torch.no_grad()
 def encode(
-    kind: str,
-    source: str,
+    kind: str,  # toy | sana-toy | flux | schnell | sana
+    source: str,  # of a toy: a file or a preset; else a pipeline's folder or hub id
     prompts: list[str],
-    negatives: list[str] = (),
-    device: str | torch.device = "cpu",
+    negatives: list[str] = (),  # SANA encodes these differently
+    device: Device = "cpu",
     dtype: torch.dtype = torch.float32,
-    cache: str | None = None,
 ) -> tuple[Cond, Cond]:
-    """cond of `prompts` and of `negatives` (SANA's are encoded differently), on the CPU.
-
-    kind: toy | sana-toy | flux | schnell | sana; source: a file or preset (toys), a pipeline folder
-    or hub id.
-    cache: a safetensors file of earlier results; the encoders are loaded for what it lacks only.
-    """
-    wanted = [(p, False) for p in prompts] + [(p, True) for p in negatives]
-    keys = cache_keys(kind, source, dtype, wanted)
-    cache = None if kind in TOYS else cache  # the toy's encoder is cheaper than a look-up
-    known = {}
-    if cache and Path(cache).exists():
-        stored = weights.open_checkpoint(Path(cache), None)
-        known = {name: stored.get(name) for name in stored.shapes}
-    missing = [pair for pair in keys if f"{keys[pair]}.0" not in known]
-    if missing:
-        for outputs, pair in zip(encode_each(kind, source, missing, device, dtype), missing):
-            for i, output in enumerate(outputs):
-                known[f"{keys[pair]}.{i}"] = output
-        if cache:
-            weights.save(cache, known, {"stage": "text"})
-    rows = [tuple(known[f"{keys[pair]}.{i}"] for i in range(2)) for pair in wanted]
-    positive, rest = rows[: len(prompts)], rows[len(prompts) :]
-    return tuple(map(torch.stack, zip(*positive))), tuple(map(torch.stack, zip(*rest)))
+    """cond of `prompts` and of `negatives`, on the CPU."""
+    pairs = [(prompt, False) for prompt in prompts] + [(prompt, True) for prompt in negatives]
+    distinct = list(dict.fromkeys(pairs))
+    encoded = dict(zip(distinct, list(encode_each(kind, source, distinct, device, dtype))))
+    rows = [encoded[pair] for pair in pairs]
+    positive, negative = zip(*rows[: len(prompts)]), zip(*rows[len(prompts) :])
+    return tuple(map(torch.stack, positive)), tuple(map(torch.stack, negative))
 
 
 @torch.no_grad()
 def encode_each(
-    kind: str, source: str, prompts: list[tuple[str, bool]], device, dtype: torch.dtype
+    kind: str, source: str, prompts: list[Prompt], device: Device, dtype: torch.dtype
 ) -> Iterator[Cond]:
-    """cond of each (prompt, is it negative), without batch dimension; the encoders are freed."""
+    """cond of each prompt, without batch dimension; the encoder is freed at the end."""
     encoder = open_encoder(kind, source, torch.device(device), dtype)
     for prompt, negative in prompts:  # one at a time: no result depends on its neighbours
         yield tuple(output[0].cpu() for output in encoder.encode([prompt], negative))
-    if any(encoder.cut.values()):
-        lost = ", ".join(f"{reader} {count}" for reader, count in encoder.cut.items())
+    lost = {} if kind in TOYS else {reader.kind: reader.cut for reader in encoder.readers}
+    if any(lost.values()):
         print(f"prompts over the limit: tokens not read by {lost}", file=sys.stderr)
     del encoder
     gc.collect()
     torch.cuda.empty_cache()
 
 
-def open_encoder(
-    kind: str, source: str, device: torch.device, dtype: torch.dtype
-) -> "ToyText | FluxText | SanaText":
+def open_encoder(kind: str, source: str, device: torch.device, dtype: torch.dtype):
     if kind in TOYS:
         return TOYS[kind].from_pretrained(source, device, dtype)
     folder = Path(source)
@@ -293,10 +237,8 @@ def open_encoder(
     return FluxText(folder, device, dtype, length=256 if kind == "schnell" else 512)
 
 
-def cache_keys(
-    kind: str, source: str, dtype: torch.dtype, prompts: list[tuple[str, bool]]
-) -> dict[tuple[str, bool], str]:
-    """Names of results, by all that they depend on: a local encoder by its sizes and dates."""
+def cache_keys(kind: str, source: str, dtype: torch.dtype, prompts: list[Prompt]) -> dict:
+    """prompt -> key of its result, by all that it depends on; files by size and date."""
     files = [file for part in PARTS for file in Path(source).glob(part) if file.is_file()]
     facts = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)
     about = repr((kind, source, dtype, facts))

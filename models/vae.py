@@ -11,38 +11,21 @@ Source  The architecture of Rombach et al., arXiv 2112.10752, with the widths, n
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.script import UserError
-from models.weights import Checkpoint, Rows, assign, build, open_model
+from models.weights import Checkpoint, Rows, assign, build, open_model, to_conv
 
 NORM_EPS = 1e-6
 
 # ---- model
 
 
-def norm_act(norm: nn.GroupNorm, act: Callable | None, hidden: Tensor) -> Tensor:
-    return act(norm(hidden)) if act else norm(hidden)
-
-
-def double_pixels(hidden: Tensor) -> Tensor:
-    """(B, D, h, w) -> (B, D, 2h, 2w)."""
-    return F.interpolate(hidden, scale_factor=2, mode="nearest")
-
-
-# Replaceable by faster functions of the same names, as those of models/kernels.py.
-PLAIN = SimpleNamespace(norm_act=norm_act, double_pixels=double_pixels)
-
-
 class ResnetBlock(nn.Module):
-    ops = PLAIN
-
     def __init__(self, width: int, new_width: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, width, NORM_EPS)
@@ -52,15 +35,13 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if width == new_width else nn.Conv2d(width, new_width, 1)
 
     def forward(self, hidden: Tensor) -> Tensor:  # (B, width, h, w)
-        new = self.conv1(self.ops.norm_act(self.norm1, F.silu, hidden))  # (B, new_width, h, w)
-        new = self.conv2(self.ops.norm_act(self.norm2, F.silu, new))
+        new = self.conv1(F.silu(self.norm1(hidden)))  # (B, new_width, h, w)
+        new = self.conv2(F.silu(self.norm2(new)))
         return self.nin_shortcut(hidden) + new
 
 
 class AttnBlock(nn.Module):
     """Every pixel of the coarsest grid looks at every other: one head as wide as the network."""
-
-    ops = PLAIN
 
     def __init__(self, width: int, groups: int):
         super().__init__()
@@ -71,7 +52,7 @@ class AttnBlock(nn.Module):
         self.proj_out = nn.Conv2d(width, width, 1)
 
     def forward(self, hidden: Tensor) -> Tensor:  # (B, D, h, w)
-        normed = self.ops.norm_act(self.norm, None, hidden)
+        normed = self.norm(hidden)
         query, key, value = (
             conv(normed).flatten(2).mT[:, None] for conv in (self.q, self.k, self.v)
         )  # (B, 1, h w, D) each
@@ -101,14 +82,12 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    ops = PLAIN
-
     def __init__(self, width: int):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, hidden: Tensor) -> Tensor:  # (B, D, h, w) -> (B, D, 2h, 2w)
-        return self.conv(self.ops.double_pixels(hidden))
+        return self.conv(F.interpolate(hidden, scale_factor=2, mode="nearest"))
 
 
 def level(width: int, new_width: int, depth: int, groups: int, **step: nn.Module) -> nn.Sequential:
@@ -140,8 +119,6 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """`up` is indexed by resolution, 0 = full size, and runs from the last to the first."""
 
-    ops = PLAIN
-
     def __init__(self, config: dict):
         super().__init__()
         widths, groups = config["block_out_channels"], config["norm_num_groups"]
@@ -160,7 +137,7 @@ class Decoder(nn.Module):
         hidden = self.mid(self.conv_in(latents))
         for resolution in reversed(self.up):
             hidden = resolution(hidden)  # (B, widths[0], H, W) at the end
-        return self.conv_out(self.ops.norm_act(self.norm_out, F.silu, hidden))  # (B, 3, H, W)
+        return self.conv_out(F.silu(self.norm_out(hidden)))  # (B, 3, H, W)
 
 
 class FluxVAE(nn.Module):
@@ -201,7 +178,7 @@ class FluxVAE(nn.Module):
         if config is None and "encoder.down.0.block.0.conv1.weight" in checkpoint.shapes:
             config = {}  # BFL's files carry none: FLUX's
         model = build(cls, config and only_ours(config), checkpoint.path)
-        assign(model, name_rows(model, checkpoint), checkpoint, (), device, dtype, run)
+        assign(model, name_rows(model, checkpoint), checkpoint, device, dtype, run)
         return model.eval()
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,13 +215,8 @@ PRESETS = {
 }
 
 # Keys of diffusers' config.json that this class has one answer to, and those without effect.
-FIXED = {
-    "act_fn": "silu",
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "latents_mean": None,
-    "latents_std": None,
-}
+FIXED = {"act_fn": "silu", "use_quant_conv": False, "use_post_quant_conv": False}
+FIXED |= {"latents_mean": None, "latents_std": None}
 UNUSED = ("down_block_types", "up_block_types", "sample_size", "force_upcast")
 
 NAME_MAP = (  # diffusers' name -> BFL's, one rule after the other; BFL's pass unchanged
@@ -275,10 +247,6 @@ def our_name(name: str, levels: int) -> str:
         name = re.sub(official, ours, name)
     # diffusers counts the decoder's levels from the coarsest, BFL from the finest.
     return re.sub(r"\.up_blocks\.(\d+)\.", lambda m: f".up.{levels - 1 - int(m[1])}.", name)
-
-
-def to_conv(linear: Tensor) -> Tensor:
-    return linear[:, :, None, None]  # diffusers has linear layers where BFL has 1x1 convolutions
 
 
 def name_rows(model: FluxVAE, checkpoint: Checkpoint) -> Rows:

@@ -1,6 +1,6 @@
 """Compile kernels ahead of time, for GPUs that are not here: what a test runs beside itself.
 
-python tests/aot.py '[["kernels", "quantize_rows_kernel", {"matrix": "*bf16", ...},
+python tests/aot.py '[["models.kernels", "quantize_rows_kernel", {"x": "*bf16", ...},
 {"BLOCK": 4096}, {"num_warps": 4}], ...]' [capability ...] prints, as JSON, one object for each
 kernel and capability: registers a thread, bytes spilled, bytes of shared memory, and the PTX's
 matrix instructions.
@@ -50,8 +50,6 @@ def compile_one(module: str, name: str, signature: dict, constants: dict, option
         or (kind == "i32" and re.search("stride|_row|_batch|_part|groups", arg))
     }
     signature = {arg: kind.removesuffix(":16") for arg, kind in signature.items()}
-    if hasattr(kernel, "is_gluon") and kernel.is_gluon():
-        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     source = ASTSource(kernel, signature, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", cap, 32), options=options)
     ptx = compiled.asm["ptx"]
@@ -63,7 +61,6 @@ def compile_one(module: str, name: str, signature: dict, constants: dict, option
         "spilled": usage["STACK"] + usage["LOCAL"],
         "shared": compiled.metadata.shared,
         "mma": sorted(set(MMA.findall(ptx))),
-        "wait": re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx),
         "tma": "cp.async.bulk.tensor" in ptx,
     }
 

@@ -1,48 +1,55 @@
 """What is exported gives, in diffusers and peft, what our merged model gives."""
 
 import json
+import math
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_align import tiny_base
-from torch import nn
 
-import align
-import lora
-import sample
-from models import export, script, weights
+from models import export, registry, script, weights
 from models.flux import Flux
 from models.sana import Sana
 
 diffusers = pytest.importorskip("diffusers", reason="the reference is not installed")
 
+TINY = {
+    "flux": (Flux, dict(
+        num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=16,
+        axes_dims_rope=[4, 6, 6], joint_attention_dim=8, pooled_projection_dim=8,
+    )),
+    "sana": (Sana, dict(
+        num_layers=2, num_attention_heads=2, attention_head_dim=16, num_cross_attention_heads=2,
+        cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=48, sample_size=32,
+    )),
+}  # fmt: skip
+ALIGNED = {"flux": dict(in_channels=32, position_stride=2), "sana": dict(in_channels=128)}
+EMBEDDER_HEAD = ("img_in", "x_embedder", "final_layer")
 
-def finished_run(folder, kind: str, alpha: float = 8.0):
-    """(file of the run, merged model): all that is trained is random."""
+
+def finished_run(folder, kind: str, alpha: float = 8.0, rank: int = 4):
+    """(file of the run, merged model): another embedder and head, and LoRA of every block."""
     torch.manual_seed(0)
-    if kind == "flux":
-        base, channels, stride = tiny_base(), 32, 2
-    else:
-        base = Sana(
-            in_channels=32, out_channels=32, num_layers=2, num_attention_heads=2,
-            attention_head_dim=16, num_cross_attention_heads=2, cross_attention_head_dim=16,
-            cross_attention_dim=32, caption_channels=48, sample_size=32,
-        )  # fmt: skip
-        channels, stride = 128, 1
+    cls, sizes = TINY[kind]
+    base = cls(**sizes)
     weights.save(folder / "base" / "model.safetensors", base.state_dict(), {})
     (folder / "base" / "config.json").write_text(json.dumps(base.config))
-    model = align.transplant(base, channels, stride)
-    lora.choose_trained(model, lora.Config(rank=4, alpha=alpha))
-    for p in align.trained(model).values():
-        nn.init.normal_(p, std=0.1)
+    model = cls(**base.config | ALIGNED[kind] | {"out_channels": None})
+    trained = {n: t for n, t in model.state_dict().items() if n.startswith(EMBEDDER_HEAD)}
+    for name, weight in base.state_dict().items():
+        is_linear = weight.dim() > 1 and math.prod(weight.shape[2:]) == 1  # or a 1x1 convolution
+        if "blocks." in name and name.endswith(".weight") and is_linear:
+            layer = name.removesuffix(".weight")
+            trained[f"{layer}.lora_A"] = torch.empty(rank, weight.shape[1])
+            trained[f"{layer}.lora_B"] = torch.empty(weight.shape[0], rank)
+    trained = {name: 0.1 * torch.randn(tensor.shape) for name, tensor in trained.items()}
     notes = dict(
         stage="lora", base=str(folder / "base"), autoencoder="x", shift="2.5", size="2048",
         config=json.dumps(model.config), alpha=str(alpha),
     )  # fmt: skip
     file = folder / "lora.safetensors"
-    weights.save(file, align.trained(model), notes)
-    return file, type(base).from_pretrained(file)
+    weights.save(file, trained, notes)
+    return file, cls.from_pretrained(file)
 
 
 def inputs(model) -> tuple:
@@ -75,19 +82,15 @@ def theirs(network, model, noisy, t, text, second, guidance=None):
     return out.mT.unflatten(2, (h, w))
 
 
-def transformer_with_doors(kind: str, folder, model):
-    """The base in diffusers' class, with the doors of the run: what a LoRA goes on."""
+def aligned_transformer(kind: str, folder, model):
+    """The base in diffusers' class, with the run's embedder and head: what a LoRA goes on."""
     cls = {"flux": diffusers.FluxTransformer2DModel, "sana": diffusers.SanaTransformer2DModel}[kind]
-    config = {k: v for k, v in model.config.items() if k != "position_stride"}
-    network = cls(**config)
+    network = cls(**{k: v for k, v in model.config.items() if k != "position_stride"})
     base = type(model).from_pretrained(folder / "base")
-    blocks = [name for name in base.state_dict() if "blocks." in name]
-    rest = [name for name in base.state_dict() if "blocks." not in name]
-    doors = ("img_in", "final_layer", "x_embedder")
-    kept = [*blocks, *(name for name in rest if not name.startswith(doors))]
-    state = export.to_diffusers(base, kept) | load_file(folder / "out" / "doors.safetensors")
-    missing, unexpected = network.load_state_dict(state, strict=False)
-    assert not unexpected and not missing
+    kept = [name for name in base.state_dict() if not name.startswith(EMBEDDER_HEAD)]
+    state = export.to_diffusers(base, kept)
+    state |= load_file(folder / "out" / "embedder_head.safetensors")
+    network.load_state_dict(state)
     return network.eval()
 
 
@@ -107,18 +110,15 @@ def test_the_merged_folder_opens_in_diffusers(tmp_path, monkeypatch, kind):
     assert ours.std() > 0.1
     again = type(model).from_pretrained(tmp_path / "out" / "transformer")  # and in ours
     torch.testing.assert_close(again(*args), ours)
-    spec = sample.describe(str(tmp_path / "out" / "transformer"))
-    assert (spec["autoencoder"], spec["shift"], spec["size"]) == ("x", 2.5, 2048)
-
-
-def test_a_smaller_export_leaves_nothing_of_a_larger_one(tmp_path, monkeypatch):
-    file, model = finished_run(tmp_path, "flux")
-    monkeypatch.setattr(export, "SHARD", 60_000)
-    export.write("diffusers", file, model, tmp_path / "out")
-    monkeypatch.setattr(export, "SHARD", 10**9)
+    spec = registry.describe(str(tmp_path / "out" / "transformer"))
+    assert (spec.autoencoder, spec.shift, spec.size) == ("x", 2.5, 2048)
+    config = json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())
+    assert config["out_channels"] == config["in_channels"]  # None stops SanaPipeline
+    monkeypatch.setattr(export, "SHARD", 10**9)  # a smaller export leaves nothing of this one
     written = export.write("diffusers", file, model, tmp_path / "out")
     there = set((tmp_path / "out" / "transformer").iterdir())
     assert there == {path for path in written if path.parent.name == "transformer"}
+    assert len(there) == 2
 
 
 @pytest.mark.parametrize("kind", ["flux", "sana"])
@@ -127,7 +127,7 @@ def test_the_lora_loads_in_diffusers(tmp_path, kind):
     pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
     file, model = finished_run(tmp_path, kind)
     export.write("diffusers", file, model, tmp_path / "out")
-    network = transformer_with_doors(kind, tmp_path, model)
+    network = aligned_transformer(kind, tmp_path, model)
     args = inputs(model)
     before = theirs(network, model, *args)
     network.load_lora_adapter(load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors"))
@@ -141,7 +141,7 @@ def test_the_adapter_loads_in_peft(tmp_path, kind):
     peft = pytest.importorskip("peft", reason="the reference is not installed")
     file, model = finished_run(tmp_path, kind)
     export.write("peft", file, model, tmp_path / "out")
-    network = transformer_with_doors(kind, tmp_path, model)
+    network = aligned_transformer(kind, tmp_path, model)
     adapted = peft.PeftModel.from_pretrained(network, tmp_path / "out").eval()
     args = inputs(model)
     torch.testing.assert_close(theirs(adapted, model, *args), model(*args), rtol=1e-4, atol=1e-4)
@@ -149,44 +149,27 @@ def test_the_adapter_loads_in_peft(tmp_path, kind):
     torch.testing.assert_close(theirs(merged, model, *args), model(*args), rtol=1e-4, atol=1e-4)
 
 
-def test_comfyuis_keys_are_the_blocks_own_and_give_the_merged_weights(tmp_path):
+def test_a_run_trained_in_full_is_exported_merged_or_not_at_all(tmp_path):
     file, model = finished_run(tmp_path, "flux")
-    (written,) = export.write("comfyui", file, model, tmp_path / "out")
-    tensors, base = load_file(written), Flux.from_pretrained(tmp_path / "base")
-    # ComfyUI's rule: every weight "diffusion_model.<name>.weight" is "lora_unet_<name with _>".
-    keys = {
-        "lora_unet_" + name.removesuffix(".weight").replace(".", "_"): name
-        for name in base.state_dict()
-        if name.endswith(".weight")
-    }
-    stems = {key.split(".")[0] for key in tensors}
-    assert stems <= keys.keys() and len(tensors) == 3 * len(stems)
-    for stem in stems:
-        down, up = (tensors[f"{stem}.lora_{half}.weight"] for half in ("down", "up"))
-        scale = tensors[f"{stem}.alpha"].item() / len(down)
-        merged = base.state_dict()[keys[stem]] + scale * up @ down
-        torch.testing.assert_close(model.state_dict()[keys[stem]], merged)
-
-
-@torch.no_grad()
-def test_comfyuis_file_is_read_by_diffusers_converter(tmp_path):
-    """Its rows for FLUX.1's own sizes: the keys alone are what this can check on a tiny model."""
-    from diffusers.loaders import lora_conversion_utils as utils
-
-    file, model = finished_run(tmp_path, "flux")
-    (written,) = export.write("comfyui", file, model, tmp_path / "out")
-    tensors = {k: v for k, v in load_file(written).items() if "double_blocks" in k}
-    converted = utils._convert_kohya_flux_lora_to_diffusers(tensors)
-    run = weights.open_checkpoint(file)
-    for layer, (down, up) in export.diffusers_lora(model, run).items():
-        if not layer.startswith("single"):
-            a, b = (converted[f"transformer.{layer}.lora_{half}.weight"] for half in "AB")
-            torch.testing.assert_close(b @ a, up @ down)
+    notes = weights.open_checkpoint(file).metadata
+    weights.save(file, model.state_dict(), notes)
+    files = export.write("diffusers", file, model, tmp_path / "out")
+    assert {path.parent.name for path in files} == {"transformer"}
+    with pytest.raises(script.UserError, match="holds no LoRA: it was trained in full"):
+        export.write("peft", file, model, tmp_path / "out")
 
 
 def test_what_cannot_be_exported_is_a_sentence(tmp_path):
     file, model = finished_run(tmp_path, "sana")
-    with pytest.raises(script.UserError, match="one of diffusers, peft, comfyui"):
-        export.write("onnx", file, model, tmp_path / "out")
-    with pytest.raises(script.UserError, match="is for FLUX"):
-        export.write("comfyui", file, model, tmp_path / "out")
+    for kind in ("onnx", "comfyui"):
+        with pytest.raises(script.UserError, match=f"{kind} is unknown; one of diffusers, peft"):
+            export.write(kind, file, model, tmp_path / "out")
+
+
+def test_a_full_disk_leaves_no_shard_half_written(tmp_path, monkeypatch):
+    file, model = finished_run(tmp_path, "flux")
+    usage = weights.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(weights.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(script.UserError, match=r"safetensors not written .* 0 MB are free"):
+        export.write("diffusers", file, model, tmp_path / "out")
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,12 +15,12 @@ import align
 import dcae
 import lora
 import quant
-from models import kernels, nvfp4, weights
+from models import kernels, nvfp4, registry, weights
 from models.flux import Flux, name_rows
 from models.vae import FluxVAE
-from sample import decode, draw_noise, sample, timesteps
+from sample import clock, decode, draw_latents, draw_noise, sample, timesteps
 
-GIB = 2**30
+GIB, CUDA = 2**30, torch.device("cuda")
 roomy = torch.cuda.is_available() and torch.cuda.get_device_properties(0).total_memory > 40 * GIB
 pytestmark = pytest.mark.skipif(not roomy, reason="needs a GPU with 40 GiB and 30 GB of disk")
 
@@ -98,47 +99,42 @@ def random_dc_gen_flux() -> Flux:
     return model
 
 
-def quantize_random_flux(path, trip: quant.Trip) -> tuple[float, float, int]:
-    """(seconds, of them for calibration, passes of it) to a quant.safetensors at `path`."""
-    model, seconds = random_dc_gen_flux(), []
-
-    def gather(names: tuple) -> dict:
-        start = time.perf_counter()
-        inputs = quant.collect(model, names, trip, range(quant.PROMPTS), quant.Config().tokens)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-        return inputs
-
-    start = time.perf_counter()
-    state, layers = quant.quantize_model(model, quant.Config(), gather, None, "")
-    total = time.perf_counter() - start
-    told = {"class": "Flux", "layers": json.dumps(layers), "stage": "quant", "format": "nvfp4"}
-    weights.save(path, state, told | {"config": json.dumps(model.config)})
-    quant.print_layers(layers)
-    return total, sum(seconds), len(seconds)
-
-
 def test_flux_at_full_size_is_quantized_in_minutes(tmp_path):
     """Calibrated on the trajectories of random texts at 4096 x 4096; pictures are not looked at."""
     torch.set_float32_matmul_precision("high")
+    spec = replace(registry.describe("dc-gen-flux-4k"), steps=20, guidance=4.5)
     shapes = ((quant.PROMPTS, 512, 4096), (quant.PROMPTS, 768))
     cond = tuple(torch.randn(shape, dtype=torch.bfloat16) for shape in shapes)
-    sigmas, path = timesteps(20, "flux", tokens=4096), tmp_path / "quant.safetensors"
-    trip = quant.Trip(cond, (), (128, 64, 64), sigmas, 4.5, "euler", 0, 1)
+    model, config, path = random_dc_gen_flux(), quant.Config(), tmp_path / "quant.safetensors"
+
+    def draw(bar) -> None:
+        for i in range(quant.PROMPTS):
+            words = tuple(c[i : i + 1] for c in cond)
+            draw_latents(model, spec, words, (), [i], (64, 64), progress=bar)
+
     torch.cuda.reset_peak_memory_stats()
-    total, calibrating, passes = quantize_random_flux(path, trip)
-    peak, size = torch.cuda.max_memory_allocated() / GIB, path.stat().st_size / GIB
+    marks = [clock(CUDA)]
+    inputs = quant.calibration_inputs(model, draw, quant.PROMPTS * spec.steps, config.tokens)
+    marks.append(clock(CUDA))
+    state, layers = quant.quantize_model(model, config, inputs)
+    marks.append(clock(CUDA))
+    peak = torch.cuda.max_memory_allocated() / GIB
+    notes = {"class": "Flux", "layers": json.dumps(layers), "config": json.dumps(model.config)}
+    weights.save(path, state, notes | {"stage": "quant"})
+    quant.print_layers(layers)
+    total, size = marks[2] - marks[0], path.stat().st_size / GIB
     print(
         f"{torch.cuda.get_device_name()}: quantized in {total:.0f} s, of which "
-        f"{calibrating:.0f} s in {passes} passes of {quant.PROMPTS} x 20 steps; "
+        f"{marks[1] - marks[0]:.0f} s for {quant.PROMPTS} x {spec.steps} steps; "
         f"peak {peak:.1f} GiB, file {size:.2f} GiB"
     )
+    model = state = None
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     ours = nvfp4.load(path, "cuda", torch.bfloat16)
     held = torch.cuda.memory_allocated() / GIB
-    latents = draw_noise([0], (128, 64, 64)).cuda()
-    sample(ours, tuple(c[:1].cuda() for c in cond), latents, sigmas[-2:], 4.5)
+    words = tuple(c[:1] for c in cond)
+    draw_latents(ours, replace(spec, steps=1), words, (), [0], (64, 64))
     peak_step = torch.cuda.max_memory_allocated() / GIB
     print(f"in memory {held:.2f} GiB; in a step {peak_step:.2f} GiB at most")
     assert total < 900 and peak < 80 and size < 6.8 and held < 6.9
@@ -156,19 +152,6 @@ def milliseconds(run, times: int = 20) -> float:
     return sorted(a.elapsed_time(b) for a, b in zip(marks, marks[1:]))[times // 2]
 
 
-def tile_times(layer) -> dict[str, float]:
-    """Of weights rebuilt with other tiles than nvfp4.REBUILD_TILE: is there a better one?"""
-    times, chosen = {}, nvfp4.REBUILD_TILE
-    for tile in (
-        (16, 256, 4), (32, 128, 4), (32, 256, 4), (32, 256, 8), (64, 64, 4), (64, 128, 4),
-        (64, 128, 8), (64, 256, 8), (128, 64, 4), (128, 128, 8),
-    ):  # fmt: skip
-        nvfp4.REBUILD_TILE = tile
-        times["rebuilt " + "x".join(map(str, tile))] = milliseconds(lambda: nvfp4.rebuilt(layer))
-    nvfp4.REBUILD_TILE = chosen
-    return times
-
-
 @pytest.mark.parametrize("tokens", [4608, 1536])
 @pytest.mark.parametrize(
     "k, n, rank",
@@ -184,12 +167,12 @@ def test_quantized_layers_of_flux_are_right_and_timed(tokens, k, n, rank):
     linear = torch.nn.Linear(k, n, device="meta").requires_grad_(False)
     linear.weight = torch.nn.Parameter(0.02 * normal(n, k), requires_grad=False)
     linear.bias = torch.nn.Parameter(normal(n), requires_grad=False)
+    mode = nvfp4.pick_mode("", CUDA)
+    if mode == "fake":
+        pytest.skip("no tensor cores for FP4 or FP8")
     split = quant.split(linear.weight.float(), torch.ones(k, device="cuda"), rank, "amax")
-    layer = quant.as_linear(linear, split, 4)
-    thin = quant.as_linear(linear, quant.split(linear.weight.float(), split.smooth, 0, "amax"), 4)
-    mode = nvfp4.NATIVE.get(torch.cuda.get_device_capability()[0])
-    if mode is None:
-        pytest.skip("no FP4 and no Hopper tensor cores")
+    bare = quant.split(linear.weight.float(), split.smooth, 0, "amax")
+    layer, thin = (quant.as_linear(linear, each, 4, torch.bfloat16) for each in (split, bare))
     for each in (layer, thin):
         each.activations = 8 if mode == "w4a8" else 4
         nvfp4.make_real(each)
@@ -201,10 +184,9 @@ def test_quantized_layers_of_flux_are_right_and_timed(tokens, k, n, rank):
     times[mode] = milliseconds(lambda: nvfp4.real_linear(hidden, layer))
     times["no branch"] = milliseconds(lambda: nvfp4.real_linear(hidden, thin))
     if mode == "w4a8":
-        times["rebuilt"] = milliseconds(lambda: nvfp4.rebuilt(layer))
-        times |= tile_times(layer)
+        times["rebuilt"] = milliseconds(lambda: nvfp4.rebuild(layer, torch.float8_e4m3fn))
     else:
-        times["inputs"] = milliseconds(lambda: nvfp4.quantized_inputs(hidden, layer))
+        times["inputs"] = milliseconds(lambda: nvfp4.quantize_inputs(hidden, layer))
     row = "  ".join(f"{name} {time:.3f}" for name, time in times.items())
     print(f"\n{mode} {tokens} x {k} x {n}, rank {rank}, ms: {row}")
 
@@ -279,9 +261,10 @@ def train_both(folder, monkeypatch, capsys, size: int, autoencoder: str, transfo
     write_autoencoder(folder / "ae", autoencoder)
     write_pictures(folder / "pictures", size)
     flags = ["--model", folder / "flux", "--data", folder / "pictures", "--out", folder / "run"]
-    flags += ["--resolution", size, "--steps", 4, "--batch-size", 4, "--preview-every", 0]
-    doors = ["--autoencoder", folder / "ae", "--embed-steps", 4, "--embed-batch", 8]
-    for script, more in ((align, doors), (lora, [])):
+    flags += ["--resolution", size, "--steps", 4, "--batch-size", 4]
+    more = ["--autoencoder", folder / "ae", "--embed-steps", 4, "--embed-batch", 8]
+    for script, more in ((align, more), (lora, [])):
+        monkeypatch.setattr(script, "watcher", lambda *_: None)  # previews would take minutes
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

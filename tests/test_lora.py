@@ -1,18 +1,18 @@
 """LoRA: it starts as the base, merges without a trace, and is saved as what was trained."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from test_align import tiny_base
+from test_align import SPEC, aligned_model, tiny_base, tiny_pictures
 from torch import nn
 
 import lora
-from align import doors, trained
+from align import trained
 from lora import Config, LoRALinear
-from models import runs, weights
+from models import weights
 from models.flux import Flux
-from models.script import UserError
 
 
 def perturb(model: nn.Module) -> None:
@@ -48,17 +48,6 @@ def test_a_model_with_fresh_lora_is_the_model():
     assert torch.equal(model(*args), before)
 
 
-def test_merged_equals_unmerged():
-    model, args = tiny_base(), inputs(16)
-    names = set(model.state_dict())
-    lora.add_lora(model, rank=4, alpha=8.0)
-    perturb(model)
-    before = model(*args)
-    lora.merge_lora(model)
-    torch.testing.assert_close(model(*args), before, rtol=1e-5, atol=1e-5)
-    assert set(model.state_dict()) == names
-
-
 def test_every_block_linear_but_the_modulations_gets_lora():
     model = tiny_base()
     lora.add_lora(model, rank=4, alpha=4.0)
@@ -70,9 +59,9 @@ def test_every_block_linear_but_the_modulations_gets_lora():
     }  # fmt: skip
 
 
-def test_lora_and_the_doors_are_trained_and_the_blocks_are_not():
+def test_lora_embedder_and_head_are_trained_and_the_blocks_are_not():
     model = tiny_base()
-    lora.choose_trained(model, Config(rank=4, alpha=4.0))
+    lora.choose_trained(model, Config(rank=4))
     expected = {
         n
         for n, _ in model.named_parameters()
@@ -81,43 +70,43 @@ def test_lora_and_the_doors_are_trained_and_the_blocks_are_not():
     assert set(trained(model)) == expected
     model(*inputs(16)).square().mean().backward()
     assert all(p.grad is not None for p in trained(model).values())
-    full = tiny_base()
-    lora.choose_trained(full, Config(full=True))
-    assert set(trained(full)) == {name for name, _ in full.named_parameters()}
 
 
-def test_decay_takes_lora_towards_nothing_and_leaves_the_doors():
+def test_on_the_toy_embedder_and_head_learn_at_three_times_the_rate():
     model = tiny_base()
-    config = Config(rank=4, alpha=4.0, decay=0.5, door_rate=3.0)
-    lora.choose_trained(model, config)
-    perturb(model)
-    before = {name: p.detach().clone() for name, p in trained(model).items()}
-    optimizer = runs.adamw(lora.rates(model, config))
-    for group in optimizer.param_groups:
-        group["lr"] = 0.1
-        for p in group["params"]:
-            p.grad = torch.zeros_like(p)
-    optimizer.step()
-    for name, p in trained(model).items():
-        shrunk = 1 - 0.1 * 0.5 if "lora_" in name else 1.0
-        assert torch.allclose(p, shrunk * before[name]), name
+    lora.choose_trained(model, Config(rank=4))
+    blocks, outer = lora.groups(model, SPEC)
+    assert (blocks["scale"], outer["scale"]) == (1.0, 3.0)
+    assert {id(p) for p in outer["params"]} == {
+        id(p) for n, p in trained(model).items() if "lora_" not in n
+    }
+    assert len(blocks["params"]) + len(outer["params"]) == len(trained(model))
+    official = replace(SPEC, text_encoder="flux")
+    assert lora.groups(model, official)[1]["scale"] == 1.0
 
 
-def test_all_weights_are_trained_in_fp32_and_multiplied_in_bf16():
+def test_the_full_ablation_trains_all_weights_in_fp32():
     model = tiny_base().to(torch.bfloat16)
-    lora.choose_trained(model, Config(full=True))
+    lora.choose_trained(model, Config(ablation="full"))
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
-    with runs.autocast(model, torch.device("cpu")):
-        assert model.txt_in(torch.ones(1, 3, 8)).dtype == torch.bfloat16
-    model = tiny_base()
-    lora.choose_trained(model, Config(full=True))
-    with runs.autocast(model, torch.device("cpu")):
-        assert model.txt_in(torch.ones(1, 3, 8)).dtype == torch.float32
 
 
-def test_decay_of_all_weights_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--full has none"):
-        lora.run(Config(full=True, decay=1.0), {}, tmp_path, torch.device("cpu"))
+@pytest.mark.parametrize("ablation, recover", [("", True), ("plain", False)])
+def test_the_plain_ablation_leaves_the_recovered_velocity_out(
+    tmp_path, monkeypatch, ablation, recover
+):
+    seen, flow_loss = [], lora.flow_loss
+
+    def spy(model, batch, recover):
+        seen.append(recover)
+        return flow_loss(model, batch, recover)
+
+    monkeypatch.setattr(lora, "flow_loss", spy)
+    model = aligned_model()
+    config = Config(rank=2, steps=1, batch_size=4, ablation=ablation, out=str(tmp_path))
+    lora.choose_trained(model, config)
+    lora.train(model, tiny_pictures(), config, SPEC)
+    assert seen == [recover]
 
 
 def test_a_saved_run_loads_as_the_merged_model(tmp_path):
@@ -126,9 +115,11 @@ def test_a_saved_run_loads_as_the_merged_model(tmp_path):
     weights.save(folder / "model.safetensors", base.state_dict(), {})
     (folder / "config.json").write_text(json.dumps(base.config))
     model = tiny_base()
-    lora.choose_trained(model, Config(rank=4, alpha=8.0))
+    model.requires_grad_(False)
+    lora.add_lora(model, rank=4, alpha=8.0)
+    model.embedder.requires_grad_(True)
     perturb(model)
-    nn.init.normal_(doors(model)[0].weight)
+    nn.init.normal_(model.embedder.weight)
     notes = dict(
         stage="lora", base=str(folder), autoencoder="x", config=json.dumps(base.config), alpha="8.0"
     )

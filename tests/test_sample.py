@@ -1,7 +1,8 @@
-"""Why believe sample.py: the reference's numbers, and what must hold by algebra."""
+"""Why believe sample.py and models/registry.py: the reference's numbers, identities, pictures."""
 
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,13 @@ from test_text import VOCABULARY, tiny_flux_text, tiny_sana_text
 
 import dcae
 import sample
-from dcae import DCAE
-from models import data, flux, sana, script, text, vae, weights
+from models import data, flux, registry, sana, script, vae, weights
 from models.flux import Flux
 from models.sana import Sana
 from models.text import ToyText
 from models.vae import FluxVAE
+
+ROOT = Path(sample.__file__).parent / "models" / "toy"
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 5e-5) -> None:
@@ -30,7 +32,7 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 5e
 # ---- parity
 
 
-def test_flux_schedules_are_the_references():
+def test_schedules_are_the_references():
     tensors, meta = golden("sched_flow_euler")
     for steps, tokens in json.loads(meta["pairs"]):
         ours = sample.timesteps(steps, "flux", tokens=tokens)
@@ -38,17 +40,9 @@ def test_flux_schedules_are_the_references():
     for steps, tokens, channels in json.loads(meta["flux2r"]):
         ours = sample.timesteps(steps, "dc-gen-1k", tokens=tokens, channels=channels)
         assert_close(ours, tensors[f"out/flux2r_s{steps}_t{tokens}_c{channels}_sigmas"], 1e-6)
-
-
-def test_sana_schedules_are_the_references():
-    tensors, _ = golden("sched_flow_euler")
     for shift, steps in ((1.0, 18), (3.0, 20)):
         ours = sample.timesteps(steps, "sana-euler", shift=shift)
         assert_close(ours, tensors[f"out/static{shift:.0f}_s{steps}_sigmas"], 1e-6)
-    tensors, meta = golden("sched_sana_dpm")
-    for steps, shift in json.loads(meta["tables"]):
-        ours = sample.timesteps(steps, "sana-dpm", shift=shift)
-        assert_close(ours, tensors[f"out/dpm_shift{shift:.0f}_s{steps}_sigmas"], 1e-6)
 
 
 class Linear(torch.nn.Module):
@@ -72,27 +66,20 @@ def test_euler_trajectory_is_the_references():
         assert_close(ours, tensors[f"out/traj_{i}"])
 
 
-def test_dpm_trajectory_is_the_references():
-    tensors, _ = golden("sched_sana_dpm")
+def test_dpm_schedules_timesteps_and_trajectories_are_the_references():
+    tensors, meta = golden("sched_sana_dpm")
     for steps in (3, 18):
-        model = Linear(tensors)
         sigmas = sample.timesteps(steps, "sana-dpm", shift=3.0)
-        ours = sample.sample(model, (), tensors["in/x0"], sigmas, None, solver="dpm")
+        ours = sample.sample(Linear(tensors), (), tensors["in/x0"], sigmas, None, solver="dpm")
         assert_close(ours, tensors[f"out/traj_shift3_s{steps}_{steps - 1}"])
         assert_close(ours, tensors[f"out/origsolver_shift3_s{steps}_final"])
-        if steps == 18:
-            whole = tensors["out/dpm_shift3_s18_timesteps"]
-            assert torch.equal((1000 * torch.tensor(model.seen)).round().long(), whole)
-
-
-def test_every_whole_timestep_is_the_references():
-    tensors, meta = golden("sched_sana_dpm")
     for steps, shift in json.loads(meta["tables"]):
-        model = Linear(tensors)
+        model, name = Linear(tensors), f"out/dpm_shift{shift:.0f}_s{steps}"
         sigmas = sample.timesteps(steps, "sana-dpm", shift=shift)
+        assert_close(sigmas, tensors[f"{name}_sigmas"], 1e-6)
         sample.sample(model, (), tensors["in/x0"], sigmas, None, solver="dpm")
         ours = (1000 * torch.tensor(model.seen)).round().long()
-        assert torch.equal(ours, tensors[f"out/dpm_shift{shift:.0f}_s{steps}_timesteps"])
+        assert torch.equal(ours, tensors[f"{name}_timesteps"])
 
 
 def golden_model(cls: type, name: str, folder: Path) -> tuple[torch.nn.Module, dict, dict]:
@@ -108,15 +95,14 @@ def golden_model(cls: type, name: str, folder: Path) -> tuple[torch.nn.Module, d
 )
 def test_flux_latents_are_the_references_after_every_step(name, tmp_path):
     model, tensors, trip = golden_model(Flux, name, tmp_path)
-    height, width = tensors["in/latents_bchw"].shape[2:]
-    patch, channels = model.patch_size, model.latent_channels
+    size = tensors["in/latents_bchw"].shape[2:]
 
     def unpack(tokens):  # (B, N, C p p) -> (B, C, h, w)
-        return model.unpatchify(tokens, height, width)
+        return model.unpatchify(tokens, *size)
 
-    tokens = height * width // patch**2
+    tokens = size.numel() // model.patch_size**2
     kind = "dc-gen-1k" if trip["rule"] == "flux2_r" else "flux"
-    sigmas = sample.timesteps(trip["steps"], kind, tokens=tokens, channels=channels)
+    sigmas = sample.timesteps(trip["steps"], kind, tokens, model.latent_channels)
     assert_close(sigmas, tensors["out/e2e_sigmas"], 1e-6)
     cond = (tensors["in/encoder_hidden_states"], tensors["in/pooled_projections"])
     noise = unpack(tensors["in/e2e_noise_packed"])
@@ -156,44 +142,34 @@ def test_an_exact_straight_path_gives_the_data_back(solver, kind, steps):
     assert_close(ours, latents, 1e-5)
 
 
-def test_guidance_extrapolates_from_the_unconditional_half():
-    def model(noisy_latents, timestep, text):
-        assert torch.equal(text[: len(text) // 2], torch.zeros_like(text[: len(text) // 2]))
+def test_guidance_extrapolates_between_two_passes_or_is_an_input_of_each_image():
+    noise, text, sigmas = torch.randn(2, 3, 4, 5), torch.randn(2, 3), torch.tensor([1.0, 0.0])
+
+    def two_passes(noisy_latents, timestep, text):
+        assert text[: len(text) // 2].abs().max() == 0
         return noisy_latents * 0 + text[:, :, None, None]
 
-    noise, text = torch.randn(2, 3, 4, 5), torch.randn(2, 3)
-    sigmas = torch.tensor([1.0, 0.0])
-    ours = sample.sample(model, (text,), noise, sigmas, 4.5, null_cond=(torch.zeros(2, 3),))
+    ours = sample.sample(two_passes, (text,), noise, sigmas, 4.5, null_cond=(0 * text,))
     torch.testing.assert_close(ours, noise - 4.5 * text[:, :, None, None])
 
-
-def test_distilled_guidance_is_an_input_of_each_image():
-    def model(noisy_latents, timestep, text, guidance):
+    def distilled(noisy_latents, timestep, text, guidance):
         assert guidance.tolist() == [3.5, 3.5] and timestep.tolist() == [1.0, 1.0]
         return noisy_latents
 
-    noise = torch.randn(2, 3, 4, 5)
-    sigmas = torch.tensor([1.0, 0.0])
-    assert sample.sample(model, (torch.zeros(2, 1, 1),), noise, sigmas, 3.5).abs().max() == 0
-
-
-def test_an_image_depends_on_its_own_seed_only():
-    pair, single = sample.draw_noise([7, 8], (3, 4, 5)), sample.draw_noise([8], (3, 4, 5))
-    assert torch.equal(pair[1:], single) and not torch.equal(pair[0], pair[1])
+    assert sample.sample(distilled, (text,), noise, sigmas, 3.5).abs().max() == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("solver, kind", [("euler", "flux"), ("dpm", "sana-dpm")])
 def test_a_gpu_makes_the_latents_of_the_cpu(solver, kind):
-    class Model(torch.nn.Module):
-        def forward(self, noisy_latents, timestep, text):
-            return noisy_latents.sin() + timestep[:, None, None, None] * text[..., None]
+    def model(noisy_latents, timestep, text):
+        return noisy_latents.sin() + timestep[:, None, None, None] * text[..., None]
 
     noise, text = sample.draw_noise([0, 1], (3, 4, 5)), torch.randn(2, 3, 4)
     sigmas = sample.timesteps(6, kind, tokens=1024)
-    cpu = sample.sample(Model(), (text,), noise, sigmas, 2.0, (0 * text,), solver)
+    cpu = sample.sample(model, (text,), noise, sigmas, 2.0, (0 * text,), solver)
     cond, null = (text.cuda(),), (0 * text.cuda(),)
-    gpu = sample.sample(Model(), cond, noise.cuda(), sigmas.cuda(), 2.0, null, solver)
+    gpu = sample.sample(model, cond, noise.cuda(), sigmas.cuda(), 2.0, null, solver)
     assert_close(gpu.cpu(), cpu, 1e-5)
 
 
@@ -214,6 +190,12 @@ def pixels(path: str) -> torch.Tensor:
 
 def as_tensor(image: Image.Image) -> torch.Tensor:
     return torch.tensor(list(image.convert("RGB").tobytes())).view(image.height, image.width, 3)
+
+
+def save_with_recipe(path: str, recipe: dict) -> None:
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("recipe", json.dumps(recipe))
+    Image.new("RGB", (8, 8)).save(path, pnginfo=notes)
 
 
 @pytest.fixture
@@ -239,19 +221,30 @@ def toy(tmp_path, monkeypatch) -> Path:
 def test_a_picture_is_the_same_alone_among_others_and_repeated_from_itself(
     toy, monkeypatch, capsys
 ):
-    (toy / "p.txt").write_text("a red circle\n\na blue square left of a red circle\n")
-    many = run(monkeypatch, capsys, "--prompts", "p.txt", "--n", 2, "--seed", 5, "--steps", 2)
-    assert [Path(f).name for f in many["files"]] == [
-        "0000_seed5.png", "0001_seed6.png", "0002_seed5.png", "0003_seed6.png"
-    ]  # fmt: skip
-    flags = ["--prompt", "a blue square left of a red circle", "--seed", 6, "--steps", 2]
-    alone = run(monkeypatch, capsys, *flags, "--out", "alone.png")
-    again = run(monkeypatch, capsys, "--from", many["files"][3], "--out", "again.png")
-    same = pixels(many["files"][3])
-    assert torch.equal(pixels(alone["files"][0]), same) and same.float().std() > 1
-    assert torch.equal(pixels(again["files"][0]), same)
-    assert Path("again.png").read_bytes() == Path(many["files"][3]).read_bytes()
-    assert not torch.equal(pixels(many["files"][2]), same)
+    words = "a blue square left of a red circle"
+    (toy / "p.txt").write_text(f"a red circle\n\n{words}\n{words}\n")
+    files = run(monkeypatch, capsys, "--prompts", "p.txt", "--seed", 5, "--steps", 2)
+    files = files["files"]  # every picture has a noise of its own
+    assert [Path(file).name for file in files] == [f"000{i}_seed{5 + i}.png" for i in range(3)]
+    flags = ["--prompt", words, "--steps", 2, "--out", "alone.png"]
+    run(monkeypatch, capsys, *flags, "--seed", 7)
+    same = pixels(files[2])
+    assert torch.equal(pixels("alone.png"), same) and same.float().std() > 1
+    run(monkeypatch, capsys, "--from", files[2], "--out", "again.png")
+    assert Path("again.png").read_bytes() == Path(files[2]).read_bytes()
+    run(monkeypatch, capsys, "--from", files[2], "--seed", 6, "--out", "other.png")
+    assert Path("other.png").read_bytes() == Path(files[1]).read_bytes()
+    assert not torch.equal(pixels(files[1]), same)
+
+
+def test_a_recipe_sets_known_flags_only(toy, monkeypatch, capsys):
+    """An older version's flag is passed over, and no picture names the file to write."""
+    flags = {"prompt": "a red circle", "steps": 1, "seed": 2}
+    save_with_recipe("old.png", flags | {"own_seeds": False, "out": "theirs.png"})
+    run(monkeypatch, capsys, "--from", "old.png", "--out", "again.png")
+    flags = ["--prompt", "a red circle", "--steps", 1, "--seed", 2, "--out", "new.png"]
+    run(monkeypatch, capsys, *flags)
+    assert torch.equal(pixels("again.png"), pixels("new.png")) and not Path("theirs.png").exists()
 
 
 def test_any_size_is_made_on_the_next_larger_grid_and_cropped(toy, monkeypatch, capsys):
@@ -262,35 +255,37 @@ def test_any_size_is_made_on_the_next_larger_grid_and_cropped(toy, monkeypatch, 
     assert torch.equal(pixels("odd.png"), pixels("whole.png")[6:41, 1:62])
 
 
-def test_pictures_to_train_on_have_noises_of_their_own(toy, monkeypatch, capsys):
-    """3072 pictures from one noise made a model that knows one background and two colours."""
-    Path("p.txt").write_text("a red circle\na blue square\n")
-    flags = ["--prompts", "p.txt", "--n", 2, "--seed", 5, "--own-seeds", "--steps", 1]
-    files = run(monkeypatch, capsys, *flags)["files"]
-    assert [Path(f).name for f in files] == [f"000{i}_seed{5 + i}.png" for i in range(4)]
-
-
-def test_jsonl_prompts_have_their_own_seeds(toy, monkeypatch, capsys):
+def test_prompts_make_a_folder_that_the_trainers_read(toy, monkeypatch, capsys):
     rows = [{"prompt": "a red circle", "seed": 9}, {"prompt": "a blue square"}]
     (toy / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    out = run(monkeypatch, capsys, "--prompts", "p.jsonl", "--steps", 1, "--seed", 3)
-    assert [Path(f).name for f in out["files"]] == ["0000_seed9.png", "0001_seed3.png"]
-
-
-def test_prompts_make_a_folder_that_the_trainers_read(toy, monkeypatch, capsys):
-    (toy / "p.txt").write_text("a red circle\na blue square\n")
-    flags = ["--prompts", toy / "p.txt", "--out", toy / "pictures", "--steps", 1]
+    flags = ["--prompts", "p.jsonl", "--seed", 3, "--out", toy / "pictures", "--steps", 1]
     files = [Path(file) for file in run(monkeypatch, capsys, *flags)["files"]]
+    assert [file.name for file in files] == ["0000_seed9.png", "0001_seed4.png"]
     folder = data.open_folder(toy / "pictures", 32)
     assert folder.files == files and folder.captions == ["a red circle", "a blue square"]
-    # Interrupted, it goes on: only what is missing or of another recipe is made.
-    times = [file.stat().st_mtime_ns for file in files]
-    files[1].with_suffix(".txt").unlink()
+    # An interrupted list goes on: what is missing or of another recipe is drawn.
+    files[1].unlink()
     assert run(monkeypatch, capsys, *flags)["files"] == [str(files[1])]
-    assert files[0].stat().st_mtime_ns == times[0] and files[1].stat().st_mtime_ns > times[1]
     assert run(monkeypatch, capsys, *flags)["files"] == []
     again = run(monkeypatch, capsys, *flags[:-1], 2)["files"]
     assert again == [str(file) for file in files]
+
+
+@pytest.mark.parametrize("name", ["dc-gen-toy", "sana-toy"])
+def test_the_shipped_toys_score(name, monkeypatch, capsys):
+    scored = run(monkeypatch, capsys, "--model", name, "--score", 2)
+    assert (scored["model"], scored["prompts"]) == (name, 18) and scored["seen"] > 0.7
+
+
+def test_the_cache_knows_an_autoencoder_by_its_weights(toy):
+    path = "models/toy/flux-vae.safetensors"
+    encoder, cpu = sample.latent_encoder("flux-vae-toy", "", "cpu", torch.float32), "cpu"
+    assert encoder.identity == sample.latent_encoder(path, "", cpu, torch.float32).identity
+    assert isinstance(encoder.load(), FluxVAE)
+    saved = weights.open_checkpoint(Path(path))
+    tensors = {name: saved.get(name) + 1 for name in saved.shapes}
+    weights.save(path, tensors, saved.metadata)
+    assert encoder.identity != sample.latent_encoder(path, "", cpu, torch.float32).identity
 
 
 def test_latents_survive_a_decoder_that_fails(toy, monkeypatch, capsys):
@@ -303,69 +298,64 @@ def test_latents_survive_a_decoder_that_fails(toy, monkeypatch, capsys):
     assert torch.equal(pixels("late.png"), pixels(good["files"][0]))
 
 
-def test_a_run_of_ours_brings_its_base_and_autoencoder(toy, monkeypatch, capsys):
+def test_a_run_of_ours_brings_its_base_and_autoencoder(tmp_path):
+    run = weights.open_checkpoint(ROOT / "dc-gen-f32.safetensors")
     base = Flux.from_pretrained("flux-toy")
-    config = base.config | {"in_channels": 32, "position_stride": 2}
-    new = Flux(**config)
-    trained = {n: t for n, t in new.state_dict().items() if n.startswith(("img_in", "final_layer"))}
-    autoencoder = DCAE(
-        encoder_block_out_channels=[8] * 6, decoder_block_out_channels=[8] * 6,
-        encoder_layers_per_block=[1] * 6, decoder_layers_per_block=[1] * 6,
-        encoder_qkv_multiscales=[[]] * 6, decoder_qkv_multiscales=[[]] * 6,
-        encoder_out_shortcut=False, decoder_in_shortcut=False,
-    )  # fmt: skip
-    header = {"config": json.dumps(autoencoder.config)}
-    weights.save("models/toy/dc-ae-f32c32.safetensors", autoencoder.state_dict(), header)
-    header = {"config": json.dumps(config), "stage": "align", "alpha": "4", "base": "flux-toy"}
-    header |= {"autoencoder": "dc-ae-f32c32-toy", "seed": "0", "step": "1"}
-    weights.save("runs/align.safetensors", trained, header)
-    flags = ["--steps", 2, "--size", "96x64", "--model", "runs/align.safetensors"]
-    assert run(monkeypatch, capsys, *flags)["tokens"] == 6
-    spec, transformer, found = sample.load_pipeline("runs/align.safetensors")
-    assert torch.equal(transformer.img_in.weight, new.img_in.weight)
+    tensors, path = {name: run.get(name) for name in run.shapes}, str(tmp_path / "lora.safetensors")
+    weights.save(path, tensors, run.metadata)
+    spec, transformer, found = sample.load_pipeline(path)
+    assert torch.equal(transformer.img_in.weight, tensors["img_in.weight"])
     assert torch.equal(transformer.txt_in.weight, base.txt_in.weight)
-    assert (spec["schedule"], spec["solver"], found.stride) == ("flux", "euler", 32)
-    weights.save("runs/align.safetensors", trained, header | {"shift": "1.5"})
-    assert sample.describe("runs/align.safetensors")["shift"] == 1.5
+    assert (spec.schedule, spec.solver, spec.shift, spec.stage) == ("flux", "euler", 2.0, "lora")
+    assert (found.stride, spec.size) == (32, 128)
+    weights.save(path, tensors, run.metadata | {"shift": "1.5", "size": "256"})
+    assert registry.describe(path) == replace(spec, shift=1.5, size=256)
     with pytest.raises(script.UserError, match="latents of 32 channels, and flux-vae-toy reads 16"):
-        sample.load_pipeline("runs/align.safetensors", "flux-vae-toy")
+        sample.load_pipeline(path, "flux-vae-toy")
 
 
-def test_a_transformer_alone_is_known_by_its_shape(toy):
-    assert sample.describe("models/toy/flux.safetensors")["repo"] == "text-toy"
+def test_a_flux_alone_is_known_by_its_shape(toy):
+    assert registry.describe("models/toy/flux.safetensors").pipeline == "text-toy"
     rows = {64: ("flux", 1024, 28), 32: ("dc-gen-1k", 1024, 20), 128: ("flux", 4096, 20)}
     for channels, expected in rows.items():
         tensors = {"x_embedder.weight": torch.zeros(8, channels), "guidance": torch.zeros(1)}
         weights.save("x.safetensors", tensors, {})
-        spec = sample.describe("x.safetensors")
-        assert (spec["schedule"], spec["size"], spec["steps"]) == expected
+        spec = registry.describe("x.safetensors")
+        assert (spec.schedule, spec.size, spec.steps) == expected
 
 
 @pytest.mark.parametrize(
-    ("width", "channels", "tokens", "size", "shift"),
-    [
-        (1152, 32, 32**2, 1024, 3.0),
-        (2240, 32, 16**2, 512, 3.0),
-        (2240, 32, 128**2, 4096, 6.0),
-        (2240, 128, 16**2, 1024, 3.0),  # DC-Gen: f64
-    ],
-)
+    "width, channels, tokens, size, shift",
+    [(1152, 32, 32**2, 1024, 3.0), (2240, 32, 16**2, 512, 3.0), (2240, 32, 128**2, 4096, 6.0),
+     (2240, 128, 16**2, 1024, 3.0)],  # the last is DC-Gen: f64
+)  # fmt: skip
 def test_a_sana_alone_is_known_by_its_shape(width, channels, tokens, size, shift, tmp_path):
     patch, positions = torch.zeros(width, channels, 1, 1), torch.zeros(1, tokens, 1)
     tensors = {"x_embedder.proj.weight": patch, "pos_embed": positions}
     torch.save({"state_dict": tensors}, tmp_path / "sana.pth")
-    spec = sample.describe(str(tmp_path / "sana.pth"))
-    assert (spec["size"], spec["shift"]) == (size, shift)
-    assert spec["autoencoder"] == ("dc-ae-f64c128-1.5" if channels == 128 else spec["repo"])
+    spec = registry.describe(str(tmp_path / "sana.pth"))
+    assert (spec.size, spec.shift) == (size, shift)
+    assert spec.autoencoder == ("dc-ae-f64c128-1.5" if channels == 128 else spec.pipeline)
 
 
 def test_every_model_names_parts_that_exist():
-    for name in sample.MODELS:
-        spec = sample.describe(name)
-        assert spec["transformer"] in flux.PRESETS | sana.PRESETS
-        assert spec["autoencoder"] in dcae.PRESETS | vae.PRESETS or "/" in spec["autoencoder"]
-        assert (spec["repo"] == "text-toy") or "/" in spec["repo"]
-        sample.timesteps(spec["steps"], spec["schedule"], 1024, 32, spec.get("shift"))
+    for name in registry.MODELS:
+        spec = registry.describe(name)
+        assert spec.transformer in flux.PRESETS | sana.PRESETS
+        assert spec.autoencoder in dcae.PRESETS | vae.PRESETS or "/" in spec.autoencoder
+        assert (spec.pipeline == "text-toy") if spec.is_toy else ("/" in spec.pipeline)
+        sample.timesteps(spec.steps, spec.schedule, 1024, 32, spec.shift)
+
+
+def test_a_quantized_file_is_described_by_its_own_header(tmp_path):
+    path = str(tmp_path / "quant.safetensors")
+    spec = replace(registry.describe("dc-gen-toy"), steps=5)
+    header = {"stage": "quant", "base": "flux-toy", "spec": json.dumps(asdict(spec))}
+    weights.save(path, {"x": torch.zeros(1)}, header)
+    assert registry.describe(path) == replace(spec, transformer=path, stage="quant")
+    weights.save(path, {"x": torch.zeros(1)}, header | {"spec": '{"text": "toy"}'})
+    with pytest.raises(script.UserError, match="make it again"):
+        registry.describe(path)
 
 
 @pytest.mark.parametrize(
@@ -375,36 +365,35 @@ def test_every_model_names_parts_that_exist():
         (["--prompt", "a red fox"], "no word 'fox'"),
         (["--size", "12x99"], "below this model's minimum of 16x16"),
         (["--size", "big"], "wanted WxH in pixels"),
-        (["--steps", "-1"], "--steps -1 --guidance 4.0: wanted 1 or more"),
-        (["--n", "0"], "--n 0 --batch-size 1: wanted 1 or more"),
-        (["--seed", "-1"], "--seed -1: wanted 0 .. 2"),
-        (["--dtype", "int4"], "one of fp32, bf16, fp16"),
-        (["--device", "tpu"], "--device"),
-        (["--prompts", "nowhere.txt"], "wanted a .txt or .jsonl file that exists"),
-        (["--prompts", "bad.jsonl"], "every line is an object like"),
-        (["--from", "nowhere.png"], "not a readable picture"),
+        (["--steps", "0"], "--steps and --batch-size: wanted 1 or more"),
+        (["--batch-size", "0"], "--batch-size: wanted 1 or more"),
+        (["--seed", "-1"], "--seed -1: wanted a number"),
+        (["--prompts", "below.jsonl"], "a seed beyond 0 .. 2"),
+        (["--prompts", "nowhere.txt"], "wanted a .txt, a prompt a line, or a .jsonl"),
+        (["--prompts", "bad.jsonl"], "wanted a .txt, a prompt a line, or a .jsonl"),
+        (["--from", "nowhere.png"], "--from nowhere.png carries no recipe"),
         (["--from", "plain.png"], "carries no recipe"),
-        (["--from", "plain.png", "--seed", "9", "--fp8"], "with --seed, --fp8 it would be another"),
-        (["--prompts", "huge.jsonl"], "every line is an object like"),
+        (["--prompts", "huge.jsonl"], "wanted a .txt, a prompt a line, or a .jsonl"),
         (["--from", "typed.png"], "argument --steps: invalid int value: 'x'"),
         (["--model", "lost.safetensors"], "its base or autoencoder is not found"),
         (["--model", "half.safetensors"], "its base or autoencoder is not found ('autoencoder')"),
         (["--model", "other.safetensors"], "does not fit this Flux: tensors 1 of another shape"),
-        (["--out", "x.jpg"], "wanted a folder, or a .png"),
-        (["--out", "plain.png", "--n", "2"], "is one file, there are 2 pictures"),
-        (["--out", "bad.jsonl"], "wanted a folder, or a .png"),
+        (["--out", "x.jpg"], "wanted a folder, or for one picture a .png"),
+        (["--out", "x.png", "--prompts", "two.txt"], "wanted a folder, or for one picture a .png"),
+        (["--out", "bad.jsonl"], "bad.jsonl cannot be written (File exists)"),
         (["--negative-prompt", "blue"], "--negative-prompt is for SANA"),
         (["--autoencoder", "nonsense"], "no file, no folder and no preset"),
-        (["--steps", "many"], "invalid int value"),
+        (["--attention", "flash"], "wanted torch or triton"),
+        (["--model", "flux-krea", "--score", "1"], "wanted a toy"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(toy, monkeypatch, capsys, flags, sentence):
+    (toy / "two.txt").write_text("a red circle\na blue square\n")
     (toy / "bad.jsonl").write_text('{"prompts": 3}')
+    (toy / "below.jsonl").write_text('{"prompt": "a", "seed": -1}')
     (toy / "huge.jsonl").write_text('{"prompt": "a", "seed": Infinity}')
     Image.new("RGB", (8, 8)).save("plain.png")
-    notes = PngImagePlugin.PngInfo()
-    notes.add_text("recipe", '{"model": "flux-toy", "steps": "x"}')
-    Image.new("RGB", (8, 8)).save("typed.png", pnginfo=notes)
+    save_with_recipe("typed.png", {"model": "flux-toy", "steps": "x"})
     header = {"stage": "align", "base": "gone.safetensors", "autoencoder": "flux-vae-toy"}
     weights.save("lost.safetensors", {"x": torch.zeros(1)}, header)
     weights.save("half.safetensors", {"x": torch.zeros(1)}, {"stage": "lora", "base": "flux-toy"})
@@ -421,31 +410,25 @@ def test_bad_input_is_one_sentence_and_exit_code_2(toy, monkeypatch, capsys, fla
 class Doubling(torch.nn.Module):
     """An autoencoder whose decoder sees one pixel around: exact tiles must not show."""
 
-    stride, config = 32, {"block_out_channels": [1]}
+    stride = 32
 
     def __init__(self):
         super().__init__()
-        self.kernel = torch.nn.Parameter(torch.rand(3, 4, 1, 1))
+        self.kernel = torch.nn.Parameter(torch.rand(3, 4, 1, 1), requires_grad=False)
 
     def decode(self, latents):
-        assert max(latents.shape[2:]) <= 32, "a tile is 1024 pixels"
         mixed = torch.nn.functional.conv2d(latents, self.kernel)
         return torch.nn.functional.interpolate(mixed, scale_factor=32.0)
 
 
-@pytest.mark.parametrize("grid", [(33, 20), (64, 100), (29, 28), (32, 61)])
-def test_tiles_join_without_a_seam(grid):
-    latents, autoencoder = torch.randn(1, 4, *grid), Doubling()
-    with torch.no_grad():
-        mixed = torch.nn.functional.conv2d(latents, autoencoder.kernel)
-        tiled = dcae.tiled_decode(autoencoder, latents)
-    torch.testing.assert_close(tiled, torch.nn.functional.interpolate(mixed, scale_factor=32.0))
-
-
-def test_a_decode_that_would_not_fit_is_tiled(monkeypatch):
-    monkeypatch.setattr(sample, "free_bytes", lambda device: 0)
-    with torch.no_grad():
-        assert sample.decode(Doubling(), torch.randn(2, 4, 40, 8)).shape == (2, 3, 1280, 256)
+@pytest.mark.parametrize("grid", [(33, 20), (64, 40), (29, 28), (32, 61)])
+def test_a_decode_that_would_not_fit_is_tiled_without_a_seam(monkeypatch, grid):
+    latents, autoencoder, shapes = torch.randn(2, 4, *grid), Doubling(), []
+    expected, decode = autoencoder.decode(latents), autoencoder.decode
+    monkeypatch.setattr(dcae, "TILES_ABOVE", 0)
+    autoencoder.decode = lambda tile: shapes.append(tile.shape) or decode(tile)
+    torch.testing.assert_close(sample.decode(autoencoder, latents), expected)
+    assert max(max(shape[2:]) for shape in shapes) <= 32  # a tile is 1024 pixels
 
 
 # ---- diffusers' own pipelines, saved by diffusers
@@ -533,13 +516,8 @@ def test_a_sana_pipeline_folder_gives_diffusers_picture(solver, tmp_path, monkey
         latents=sample.draw_noise([12], (32, 3, 2)),
     ).images  # fmt: skip
     flags = ["--prompt", "A fox", "--negative-prompt", "blurry", "--size", "64x96", "--steps", 4]
-    flags += ["--guidance", 3, "--seed", 12, "--text-cache", tmp_path / "text.safetensors"]
-    flags += ["--model", tmp_path, "--out", tmp_path / "x.png"]
-    ours = run(monkeypatch, capsys, *flags)
-    assert_same_picture(ours["files"][0], theirs)
-    monkeypatch.setattr(text, "open_encoder", None)  # the second time it is not needed
-    run(monkeypatch, capsys, *flags)
-    assert_same_picture(ours["files"][0], theirs)
+    flags += ["--guidance", 3, "--seed", 12, "--model", tmp_path, "--out", tmp_path / "x.png"]
+    assert_same_picture(run(monkeypatch, capsys, *flags)["files"][0], theirs)
 
 
 def test_an_unknown_scheduler_is_refused(tmp_path):
@@ -547,4 +525,4 @@ def test_an_unknown_scheduler_is_refused(tmp_path):
     pipeline = sana_pipeline(diffusers, diffusers.DPMSolverMultistepScheduler(solver_order=3))
     pipeline.save_pretrained(tmp_path)
     with pytest.raises(script.UserError, match="solver_order=3.* is not known here"):
-        sample.describe(str(tmp_path))
+        registry.describe(str(tmp_path))

@@ -1,21 +1,23 @@
 """The toy world: why its scores can be believed."""
 
-import json
-import sys
+import ast
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-import dcae
 import sample
-from models import toy, weights
+from models import registry, toy, weights
 from models.sana import Sana
 from models.script import UserError
 from models.text import SanaToyText, ToyText
+from models.toy import __main__ as captions_main
 from models.toy import pretrain
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_the_scorer_reads_every_rendered_scene_back():
@@ -40,8 +42,7 @@ def test_a_picture_passes_its_own_caption_and_fails_others():
         assert toy.Prompt("", "x", pairs, relation).passes(found[i])
         assert not toy.Prompt("", "x", pairs[1:]).passes(found[i])
         assert not toy.Prompt("", "x", (*pairs, pairs[0])).passes(found[i])
-        if relation:
-            other = {"left": "right", "right": "left", "above": "below", "below": "above"}[relation]
+        for other in set(toy.RELATIONS) - {relation} if relation else ():
             assert not toy.Prompt("", "x", pairs, other).passes(found[i])
 
 
@@ -75,79 +76,86 @@ def test_post_training_data_holds_no_held_out_concept():
 
 def test_prompts_of_seen_tasks_name_no_held_out_concept_and_the_others_do():
     for prompt in toy.draw_prompts(30, seed=1):
-        held_out = (
-            toy.HELD_OUT_RELATION in prompt.text.split()
-            or toy.HELD_OUT_SHAPE in prompt.text.split()
-            or bool(set(prompt.wanted) & set(toy.HELD_OUT_PAIRS))
-        )
-        if prompt.task in toy.HELD_OUT_TASKS:
-            assert held_out, prompt
-        elif prompt.task != "counting":
-            assert not held_out, prompt
+        words = {toy.HELD_OUT_RELATION, toy.HELD_OUT_SHAPE} & set(prompt.text.split())
+        held_out = bool(words or set(prompt.wanted) & set(toy.HELD_OUT_PAIRS))
+        if prompt.task != "counting":
+            assert held_out == (prompt.task in toy.HELD_OUT_TASKS), prompt
 
 
-def test_scenes_and_captions_are_functions_of_their_seed():
-    one, two = (toy.draw_scenes(50, seed=9) for _ in range(2))
-    assert np.array_equal(one.x, two.x) and toy.captions(one, 1) == toy.captions(two, 1)
-    assert all(len(c.split()) < toy.LENGTH for c in toy.captions(one, 1))
+def test_the_world_is_the_one_that_the_shipped_models_were_trained_on():
+    """Other random numbers would be another world, and no figure of models/toy/README.md hold."""
+    world = toy.RenderedScenes(64, seed=1000)
+    assert digest("\n".join(world.captions).encode()) == "808c3ef672cfaf6f"
+    assert all(len(caption.split()) < toy.LENGTH for caption in world.captions)
+    assert digest(world.scenes.x.tobytes() + world.scenes.tint.tobytes()) == "c92364547d8285d5"
+    prompts = "\n".join(prompt.text for prompt in toy.draw_prompts(12, seed=7))
+    assert digest(prompts.encode()) == "aab75cbcf2ae3e88"
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def test_rendered_scenes_are_in_order_and_in_eight_bits():
+    world = toy.RenderedScenes(20, seed=3)
+    expected, _ = toy.render(toy.on_device(world.scenes, "cpu"))
+    images = world.images([19, 0, 7])
+    assert (images - expected[[19, 0, 7]]).abs().max() < 1 / 255 + 1e-6
+    assert len(world) == len(world.sizes) == len(world.names) == len(set(world.hashes)) == 20
+
+
+def test_nothing_in_models_imports_a_stage():
+    stages = {"dcae", "sample", "align", "lora", "quant", "bench"}
+    for file in (ROOT / "models").rglob("*.py"):
+        imported = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {name.name.split(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+        assert file.name == "pretrain.py" or not imported & stages, file
+    tree = ast.parse(Path(toy.__file__).read_text())
+    modules = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    assert not any(module.startswith("models") for module in modules)  # no network either
 
 
 # ---- the second base
 
 
-def test_the_second_base_is_guided_by_two_passes_and_reads_with_the_firsts_encoder():
-    spec = sample.describe("sana-toy")
-    assert sample.is_sana(spec) and sample.text_kind(spec) == "sana-toy" and spec["text"] == "toy"
-    assert not sample.is_sana(sample.MODELS["flux-toy"])
-    assert sample.is_sana({"text": "sana"})  # headers written before there was a family
-    first, second = ToyText.from_pretrained(), SanaToyText.from_pretrained()
+def test_the_second_base_reads_with_the_firsts_encoder():
     prompts = ["a red circle", ""]
-    text, mask = second.encode(prompts)
-    assert torch.equal(text, first.encode(prompts)[0])
+    text, mask = SanaToyText.from_pretrained().encode(prompts)
+    assert torch.equal(text, ToyText.from_pretrained().encode(prompts)[0])
     assert mask.sum(1).tolist() == [4, 1]  # "<bos>" and the words
 
 
-def test_evaluation_guides_sana_away_from_the_empty_prompt():
-    class Recorder(Sana):
-        """Keeps what tells the two passes apart: the number of words."""
+def test_scoring_guides_sana_away_from_the_empty_prompt(monkeypatch):
+    seen, prompts = [], toy.draw_prompts(1, seed=0)[:2]
 
-        def __init__(self):
-            nn.Module.__init__(self)
-            self.patch_size, self.weight = 1, nn.Parameter(torch.zeros(1))
+    def forward(self, noisy, timestep, text, mask):
+        seen.append(mask.sum(1).tolist())  # the number of words distinguishes the two passes
+        return torch.zeros_like(noisy)
 
-        def forward(self, noisy, timestep, text, mask):
-            seen.append(mask.sum(1).tolist())
-            return torch.zeros_like(noisy)
-
-    seen, autoencoder = [], dcae.DCAE.from_pretrained("dc-ae-f32c32-toy")
-    encoder, prompts = SanaToyText.from_pretrained(), toy.draw_prompts(1, seed=0)[:2]
-    toy.evaluate(Recorder(), autoencoder, encoder, prompts, guidance=4.0, steps=2)
+    monkeypatch.setattr(Sana, "forward", forward)
+    spec, model, autoencoder = sample.load_pipeline("sana-toy")
+    sample.score_toy(model, autoencoder, replace(spec, guidance=4.0, steps=2), prompts)
     words = [1 + len(prompt.text.split()) for prompt in prompts]
     assert seen == [[1, 1, *words]] * 2  # v(null) and v(text) in one batch, in each step
 
 
-def test_training_the_second_base_writes_a_model_that_sample_py_takes(
-    tmp_path, monkeypatch, capsys
-):
-    flags = f"--seconds 1 --batch 4 --scenes 24 --per-task 1 --out {tmp_path}"
-    monkeypatch.setattr("sys.argv", ["pretrain.py", "sana", *flags.split()])
+@pytest.mark.parametrize("what", ["sana", "flux"])
+def test_training_a_base_writes_a_model_that_sample_py_takes(tmp_path, monkeypatch, what):
+    flags = f"--seconds 1 --last-seconds 1 --batch 4 --scenes 24 --out {tmp_path}"
+    monkeypatch.setattr("sys.argv", ["pretrain.py", what, *flags.split()])
     pretrain.main()
-    rows = [json.loads(r) for r in capsys.readouterr().out.splitlines() if r.startswith("{")]
-    assert [row["guidance"] for row in rows] == [1, 2, 3, 4, 5] and rows[0]["what"] == "sana"
-    file = tmp_path / "sana.safetensors"
+    file = tmp_path / f"{what}.safetensors"
     spec, model, _ = sample.load_pipeline(str(file))
-    assert spec == sample.describe("sana-toy") | {"transformer": str(file)}
-    assert model.final_layer.linear.weight.abs().max() > 0  # it started at zero
-    assert file.stat().st_size < 2.5e6  # of the 25 MB of models/toy/
-
-
-def test_the_average_of_a_training_that_is_cut_short_is_kept(monkeypatch):
-    clock = iter(range(0, 10_000, 30))
-    monkeypatch.setattr(pretrain.time, "time", lambda: next(clock))
-    layer, kept = nn.Linear(2, 1), []
-    inputs = torch.randn(8, 2)
-    pretrain.train(lambda: layer(inputs).square().mean(), [layer], 600, 1e-2, "", keep=kept.append)
-    assert len(kept) > 3 and isinstance(kept[0][0], nn.Linear)
+    assert spec == replace(registry.describe(f"{what}-toy"), transformer=str(file))
+    started_at_zero = model.head if what == "sana" else model.guidance_in.out_layer
+    assert max(p.abs().max() for p in started_at_zero.parameters() if p.ndim > 1) > 0
+    monkeypatch.setattr("sys.argv", ["pretrain.py", "text"])
+    with pytest.raises(UserError, match="no recipe: wanted one of flux-vae"):
+        pretrain.main()
 
 
 def test_a_step_that_is_not_finite_moves_nothing(monkeypatch):
@@ -158,7 +166,7 @@ def test_a_step_that_is_not_finite_moves_nothing(monkeypatch):
     def loss():
         return layer(torch.ones(4, 2)).square().mean() / (0.0 if next(calls) == 15 else 1.0)
 
-    pretrain.train(loss, [layer], 20, 1e-2, "")
+    pretrain.train(loss, [layer], 200, 1e-2)
     assert next(calls) > 100 and all(p.isfinite().all() for p in layer.parameters())
 
 
@@ -168,42 +176,25 @@ def test_weights_that_are_not_there_are_told_how_to_get():
         weights.locate("sana-toy", {"sana-toy": absent})
 
 
-def test_the_second_base_draws_a_red_circle(tmp_path, monkeypatch):
-    argv = ["sample.py", "--model", "sana-toy", "--prompt", "a red circle"]
-    monkeypatch.setattr("sys.argv", [*argv, "--n", "4", "--out", str(tmp_path)])
-    sample.main()
-    pictures = [np.asarray(sample.Image.open(f)) for f in sorted(Path(tmp_path).glob("*.png"))]
-    images = torch.from_numpy(np.stack(pictures)).movedim(3, 1) / 127.5 - 1
-    found = [[(f.color, f.shape) for f in objects] for objects in toy.read_scenes(images)]
-    assert found.count([("red", "circle")]) >= 3, found
-
-
 def test_captions_are_of_all_that_the_base_knows(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["toy", "captions", "--scenes", "400"])
-    toy.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 400
-    words = set(" ".join(lines).split())
-    assert toy.HELD_OUT_SHAPE in words and toy.HELD_OUT_RELATION in words
-    assert words <= set(toy.VOCABULARY)
-    monkeypatch.setattr(sys, "argv", ["toy", "captions", "--scenes", "400", "--no-held-out"])
-    toy.main()
-    words = set(capsys.readouterr().out.split())
-    assert not {toy.HELD_OUT_SHAPE, toy.PLURAL["heart"], toy.HELD_OUT_RELATION} & words
-    monkeypatch.setattr(sys, "argv", ["toy", "captions", "--scenes", "400", "--uncolored", "0"])
-    toy.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert all(set(line.split()) & set(toy.COLOR_NAMES) for line in lines)
+    def printed(*flags: str) -> list[set[str]]:
+        monkeypatch.setattr("sys.argv", ["toy", "--scenes", "400", *flags])
+        captions_main.main()
+        return [set(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+    lines, held_out = printed(), {toy.HELD_OUT_SHAPE, toy.PLURAL["heart"], toy.HELD_OUT_RELATION}
+    assert len(lines) == 400 and held_out < set.union(*lines) <= set(toy.VOCABULARY)
+    assert not held_out & set.union(*printed("--no-held-out"))
+    assert all(words & set(toy.COLOR_NAMES) for words in printed("--uncolored", "0"))
 
 
-def test_a_score_is_that_of_the_model_named(monkeypatch, capsys):
-    rows = {}
-    for name in ("flux-toy", "dc-gen-toy"):
-        monkeypatch.setattr(sys, "argv", ["toy", "score", "--model", name, "--per-task", "2"])
-        toy.main()
-        rows[name] = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert rows[name]["model"] == name and rows[name]["prompts"] == 18
-        assert rows[name]["seen"] > 0.7 and rows[name]["held_out"] > 0.6
-    with pytest.raises(UserError, match="knows more than shapes"):
-        monkeypatch.setattr(toy, "load_pipeline", lambda *_, **__: ({"text": "flux"}, None, None))
-        toy.score_model("flux-krea", 1)
+@pytest.mark.parametrize("name", ["flux-toy", "dc-gen-toy"])
+def test_a_shipped_model_scores_well_and_the_table_shows_it(name, capsys):
+    spec, model, autoencoder = sample.load_pipeline(name)
+    prompts = toy.draw_prompts(2, seed=7)
+    rates, images = sample.score_toy(model, autoencoder, spec, prompts)
+    assert len(images) == 18 and rates["seen"] > 0.7 and rates["held_out"] > 0.6
+    toy.print_scores({name: rates})
+    title, row = capsys.readouterr().out.split("\n")[1:3]
+    assert title.split()[:2] == ["seen", "held_out"]
+    assert row.split()[:2] == [name, f"{rates['seen']:.2f}"]
