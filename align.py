@@ -389,6 +389,11 @@ def plan(config: Config) -> tuple[Spec, Spec, list[int], int]:
             f"--model {config.model} is a run of ours, which needs its base: wanted a full "
             f"model, such as the transformer that `python lora.py --export diffusers` writes"
         )
+    if base_spec.schedule == "anyflow":
+        raise UserError(
+            f"--model {config.model} is distilled to few steps, by an objective that is not here "
+            f"(AnyFlow, arXiv 2605.13724): wanted the model that it was made of"
+        )
     name = config.autoencoder or DEEPER.get(base_spec.autoencoder)
     if not name:
         raise UserError(

@@ -89,6 +89,11 @@ class Case:
     latents: tuple[int, int, int]
     tokens: int
     paper: float | None = None  # DC-Gen, arXiv 2509.25180: seconds on an H100
+    steps: int | None = None  # of a flow map; None: --steps
+
+    @property
+    def family(self) -> str:
+        return self.name.removeprefix("DC-Gen-").split()[0]
 
     def label(self, kind: str = "") -> str:
         return f"{self.name} {self.size} {kind.upper()}".rstrip()
@@ -97,6 +102,7 @@ class Case:
 CASES = (
     Case("FLUX", 1024, "flux-krea", "flux-vae", (16, 128, 128), 4096, 4.65),
     Case("DC-Gen-FLUX", 1024, "dc-gen-flux-1k", F32, (32, 32, 32), 1024, 1.10),
+    Case("DC-Gen-FLUX AnyFlow", 1024, "dc-gen-flux-anyflow", F32, (32, 32, 32), 1024, steps=4),
     Case("FLUX", 2048, "flux-krea", "flux-vae", (16, 256, 256), 16384, 23.76),
     Case("DC-Gen-FLUX", 2048, "dc-gen-flux-4k", F64, (128, 32, 32), 1024, 1.41),
     Case("FLUX", 4096, "flux-krea", "flux-vae", (16, 512, 512), 65536, 213.81),
@@ -141,7 +147,8 @@ def one_step(case: Case, stepper: sample.Stepper, text: tuple) -> Callable[[], T
     """A call of the transformer as the sampler makes it."""
     (cond, null_cond), guidance = text, registry.describe(case.model).guidance
     noise = sample.draw_noise([0], case.latents).to(cond[0].device)
-    stepper.start([0.9, 0.5], noise, cond, guidance, null_cond or None)
+    ends = (0.5, 0.0) if case.steps else (None,)
+    stepper.start([0.9, 0.5], noise, cond, guidance, null_cond or None, ends)
     stepper(0, noise)  # the first call is never replayed
     return lambda: stepper(1, noise)
 
@@ -180,7 +187,7 @@ def keep(label: str, rows: Iterator, bench: Bench) -> None:
             bench.found.setdefault(part, {})[name] = row
             shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
             cells = (f"{f'{k} {v}':16}" for k, v in shown.items())
-            print(f"{part:10} {name:26}", *cells, flush=True)
+            print(f"{part:10} {name:30}", *cells, flush=True)
     except (RuntimeError, script.UserError, ImportError) as reason:
         bench.left_out.append(f"{label}: {str(reason).split('. ')[0]}")
         print(f"left out   {bench.left_out[-1]}", flush=True)
@@ -267,7 +274,7 @@ def picture(case: Case, kind: str, parts: set[str], bench: Bench) -> Iterator:
         rate = decode_operations(case) / row["ms"] / 1e9
         yield "decode", f"{case.autoencoder} {case.size}", row | dict(tflop_s=rate)
     if "picture" in parts:
-        steps, batch = bench.config.steps, bench.config.batch
+        steps, batch = case.steps or bench.config.steps, bench.config.batch
         run = max(1, min(steps, int(10_000 / batch / step["ms"])))  # of 10 s; the rest is added
         spec = replace(registry.describe(case.model), steps=run)
         given = (*random_text(case, bench, batch), [*range(batch)], case.latents[1:], stepper)
@@ -275,7 +282,7 @@ def picture(case: Case, kind: str, parts: set[str], bench: Bench) -> Iterator:
         whole = measure(lambda: autoencoder.decode(draw()), bench)["ms"] / batch
         seconds = (whole + (steps - run) * step["ms"]) / 1000
         row = dict(seconds=seconds, steps_run=run, paper=case.paper)
-        base = bench.found.get("picture", {}).get(case.label().removeprefix("DC-Gen-"), row)
+        base = bench.found.get("picture", {}).get(f"{case.family} {case.size}", row)
         yield "picture", case.label(kind), row | dict(over_base=base["seconds"] / seconds)
 
 
@@ -363,15 +370,15 @@ def toy(bench: Bench) -> Iterator:
 
 def estimate(bench: Bench) -> None:
     """Operations over rates. No GPU was measured for this; memory traffic is not counted."""
-    rows, steps = bench.found.setdefault("estimate", {}), bench.config.steps
+    rows = bench.found.setdefault("estimate", {})
     shares = ", ".join(f"{share:.0%} of {name}" for name, share in REACHED.items())
-    print(f"\nESTIMATE, not measured: {steps} steps + decode, from operation counts and data"
-          f"\nsheets ({shares}; FP8 and NVFP4: linear layers alone)")  # fmt: skip
+    print(f"\nESTIMATE, not measured: {bench.config.steps} steps (AnyFlow: 4) + decode, from operation"
+          f"\ncounts and data sheets ({shares}; FP8 and NVFP4: linear layers alone)")  # fmt: skip
     columns = [f"{gpu} {kind}" for gpu, rates in GPUS.items() for kind in rates]
-    print(f"\n{'seconds':18}{'tokens':>7}{'TFLOP':>8}" + "".join(f"{c:>16}" for c in columns))
+    print(f"\n{'seconds':25}{'tokens':>7}{'TFLOP':>8}" + "".join(f"{c:>16}" for c in columns))
     for case in bench.cases:
         (products, attended), decoded = step_operations(case), decode_operations(case)
-        cells = []
+        steps, cells = case.steps or bench.config.steps, []
         for rates in GPUS.values():
             rest = steps * attended / rates["bf16"] / REACHED["attention"]
             rest += decoded / rates["bf16"] / REACHED["products"]
@@ -380,7 +387,7 @@ def estimate(bench: Bench) -> None:
                 cells.append((steps * products / reached + rest) / 1e12)
         tflop = (steps * (products + attended) + decoded) / 1e12
         rows[case.label()] = dict(tokens=case.tokens, tflop=tflop) | dict(zip(columns, cells))
-        print(f"{case.label():18}{case.tokens:7}{tflop:8.0f}", *(f"{s:15.2f}" for s in cells))
+        print(f"{case.label():25}{case.tokens:7}{tflop:8.0f}", *(f"{s:15.2f}" for s in cells))
 
 
 # ---- main
@@ -396,12 +403,12 @@ def plan(bench: Bench) -> Iterator:
         yield f"attention {name}", attention(name, bench)
     for kind in bench.formats if parts & {"step", "decode", "picture"} else ():
         for case in cases:
-            if not kind or case.name == "DC-Gen-FLUX":
+            if not kind or case.name.startswith("DC-Gen-FLUX"):
                 yield case.label(kind), picture(case, kind, parts, bench)
     for case in cases:
         if "ladder" in parts and case.name == "DC-Gen-FLUX" and case.size != 2048:
             yield f"ladder {case.size}", ladder(case, bench)
-        if config.baseline and "FLUX" in case.name:
+        if config.baseline and case.family == "FLUX" and not case.steps:
             yield f"diffusers {case.label()}", diffusers(case, bench)
         for stage in ("align", "lora") if config.train and case.name == "DC-Gen-FLUX" else ():
             yield f"{stage} {case.label()}", training(case, stage, bench)
@@ -429,7 +436,7 @@ def main() -> None:
         facts["gpu"] = torch.cuda.get_device_name(device)
     print("bench | " + " | ".join(f"{key} {value}" for key, value in facts.items()))
     cases = [c for c in CASES if str(c.size) in config.sizes]
-    cases = [c for c in cases if c.name.removeprefix("DC-Gen-").lower() in config.models]
+    cases = [c for c in cases if c.family.lower() in config.models]
     bench = Bench(config, device, cases=cases)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest")  # as in sample.py: fp32 is the truth

@@ -25,7 +25,7 @@ import re
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
@@ -83,6 +83,7 @@ RATIOS = {
     "flux": lambda n, c: math.exp(0.5 + (1.15 - 0.5) * (n - 256) / (4096 - 256)),
     "dc-gen-1k": lambda n, c: math.sqrt(n * c / 4096),
     "schnell": lambda n, c: 1.0,
+    "anyflow": lambda n, c: 3.0,
     "sana-euler": lambda n, c: 3.0,
     "sana-dpm": lambda n, c: 3.0,
 }
@@ -151,12 +152,18 @@ def sample(
     # SANA was trained on whole timesteps of 0..1000; its DPM-Solver truncates to them. (3e-5: what
     # fp32 levels may lose; it keeps 750 from becoming 749.)
     inputs = [int(1000 * t + 3e-5) / 1000 if is_dpm else t for t in levels[:-1]]
+    # A flow map (AnyFlow) is told where the step ends, and steps there exactly.
+    is_map = isinstance(model, flux.Flux) and model.config["gate_value"] is not None
+    ends = levels[1:] if is_map else [None] * len(inputs)
+    if is_map and solver != "euler":
+        raise UserError(f"solver {solver} on a flow map, which steps exactly: wanted euler")
     memory, previous = dpm_memory(sigmas), noisy_latents
     if stepper is not None:
-        stepper.start(inputs, noisy_latents, cond, guidance, null_cond)
+        stepper.start(inputs, noisy_latents, cond, guidance, null_cond, ends)
     for i, (now, then) in enumerate(pairwise(levels)):
         if stepper is None:
-            velocity = predict(model, noisy_latents, inputs[i], cond, guidance, null_cond)
+            given = (cond, guidance, null_cond, ends[i])
+            velocity = predict(model, noisy_latents, inputs[i], *given)
         else:
             velocity = stepper(i, noisy_latents)
         if is_dpm:  # eq. (4): alpha (1 - exp(-h)) without lambda, which is infinite at t = 0
@@ -189,12 +196,16 @@ def predict(
     cond: Cond,
     guidance: float | None,
     null_cond: Cond | None,
+    end: float | Tensor | None = None,  # of a flow map: the time where the step ends
 ) -> Tensor:
     """One guided velocity (B, C, h, w) in fp32: v(null) + guidance (v(cond) - v(null))."""
     batch, device = len(noisy_latents), noisy_latents.device
     t = torch.as_tensor(timestep, dtype=torch.float32, device=device)
     if null_cond is None:
         scale = () if guidance is None else (torch.full((batch,), guidance, device=device),)
+        if end is not None:
+            end = torch.as_tensor(end, dtype=torch.float32, device=device)
+            scale = (*scale, end.expand(batch))
         return model(noisy_latents, t.expand(batch), *cond, *scale).float()
     both = [torch.cat(pair) for pair in zip(null_cond, cond)]
     doubled = torch.cat([noisy_latents, noisy_latents])  # (2B, C, h, w)
@@ -351,22 +362,25 @@ class Stepper:
         cond: Cond,
         guidance: float | None,
         null_cond: Cond | None,
+        ends: Sequence[float | None] = (None,),  # of a flow map: the time where each step ends
     ) -> None:
         """Get ready for a batch of pictures; the next one of its shapes replays the same graph."""
-        given = [*cond, *(null_cond or ())]
-        signature = [self.model.attention, next(self.model.parameters()).dtype, guidance]
+        given, is_map = [*cond, *(null_cond or ())], None not in ends
+        signature = [self.model.attention, next(self.model.parameters()).dtype, guidance, is_map]
         signature += [len(cond), noise.shape, *((t.shape, t.dtype) for t in given)]
         if signature != self.signature:
             self.buffers, self.recorded, self.signature = {}, None, signature
             self.timestep, self.noisy = noise.new_zeros(()), noise.clone()
+            self.end = noise.new_zeros(()) if is_map else None
             self.given = [tensor.clone() for tensor in given]
         torch._foreach_copy_(self.given, given)
         words, null = tuple(self.given[: len(cond)]), tuple(self.given[len(cond) :])
-        self.timesteps, self.conditions = timesteps, (words, guidance, null or None)
+        self.timesteps, self.ends = timesteps, ends
+        self.conditions = (words, guidance, null or None, self.end)
         if not self.hoist:
             return
         both = [torch.cat(pair) for pair in zip(null_cond, cond)] if null_cond else cond
-        constants, self.per_step = precompute(self.model, noise, timesteps, both, guidance)
+        constants, self.per_step = precompute(self.model, noise, timesteps, both, guidance, ends)
         for module, value in (constants | {m: v[0] for m, v in self.per_step.items()}).items():
             self.buffers.setdefault(module, torch.empty_like(value)).copy_(value)
 
@@ -374,6 +388,8 @@ class Stepper:
         """The velocity (B, C, h, w) of a step. The next call overwrites it."""
         self.timestep.fill_(self.timesteps[step])
         self.noisy.copy_(noisy_latents)
+        if self.end is not None:
+            self.end.fill_(self.ends[step])
         if rows := [outputs[step] for outputs in self.per_step.values()]:
             torch._foreach_copy_([self.buffers[module] for module in self.per_step], rows)
         is_warm = self.recorded is not None or step > 0  # kernels compile, libraries wake first
@@ -398,7 +414,12 @@ class Stepper:
 
 
 def precompute(
-    model: nn.Module, noise: Tensor, timesteps: list[float], cond: Cond, guidance: float | None
+    model: nn.Module,
+    noise: Tensor,
+    timesteps: list[float],
+    cond: Cond,
+    guidance: float | None,
+    ends: Sequence[float | None],
 ) -> tuple[dict[nn.Module, Tensor], dict[nn.Module, Tensor]]:
     """Outputs of modules that no noise reaches, by module: those that all steps share, and those
     that follow the timestep, (S, ...)."""
@@ -409,7 +430,11 @@ def precompute(
     if isinstance(model, flux.Flux):
         text, pooled = (tensor.to(dtype) for tensor in cond)
         scale = None if guidance is None else torch.full((steps * batch,), guidance, device=device)
-        conditions = model.condition(levels.flatten(), scale, pooled.repeat(steps, 1))  # (S B, D)
+        end = None
+        if None not in ends:
+            end = torch.tensor(ends, device=device).repeat_interleave(batch)  # (S B,)
+        pooled = pooled.repeat(steps, 1)
+        conditions = model.condition(levels.flatten(), scale, pooled, end)  # (S B, D)
         conditions = conditions.unflatten(0, (steps, batch))
         layers = [m.lin for m in model.modules() if isinstance(m, flux.Modulation)]
         layers.append(model.final_layer.adaLN_modulation[1])

@@ -148,6 +148,7 @@ def diffusers_config(model: nn.Module, run: Checkpoint) -> dict:
     facts = {key: run.metadata[key] for key in kept if key in run.metadata}
     config = dict(model.config)
     facts["position_stride"] = config.pop("position_stride", 1)
+    config.pop("gate_value", None)  # a flow map's, which no run is made of
     # SanaPipeline counts with it, so None for "as many as in_channels" will not do.
     config["out_channels"] = config["out_channels"] or config["in_channels"]
     name, _ = diffusers_names(model)

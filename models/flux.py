@@ -11,6 +11,7 @@ Source  github.com/black-forest-labs/flux (Apache 2.0), written anew from names 
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -258,6 +259,7 @@ class Flux(nn.Module):
         pooled_projection_dim: int = 768,  # CLIP-L
         guidance_embeds: bool = True,  # False: schnell
         axes_dims_rope: tuple[int, ...] = (16, 56, 56),
+        gate_value: float | None = None,  # AnyFlow: weight of next_timestep; None: no such input
         position_stride: int = 1,  # ours: base tokens a side that one token covers
     ):
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -281,6 +283,8 @@ class Flux(nn.Module):
         self.vector_in = MLPEmbedder(pooled_projection_dim, width)
         if guidance_embeds:
             self.guidance_in = MLPEmbedder(SINUSOID_CHANNELS, width)
+        if gate_value is not None:
+            self.next_time_in = MLPEmbedder(SINUSOID_CHANNELS, width)
         self.pe_embedder = RopeEmbedder(axes, position_stride)
         self.double_blocks = nn.ModuleList(
             DoubleStreamBlock(width, attention_head_dim) for _ in range(num_layers)
@@ -334,10 +338,20 @@ class Flux(nn.Module):
         grid = patches.unflatten(1, (height // p, width // p)).unflatten(3, (-1, p, p))
         return grid.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # (B, C, h', p, w', p)
 
-    def condition(self, timestep: Tensor, guidance: Tensor | None, pooled_text: Tensor) -> Tensor:
+    def condition(
+        self,
+        timestep: Tensor,
+        guidance: Tensor | None,
+        pooled_text: Tensor,
+        next_timestep: Tensor | None = None,
+    ) -> Tensor:
         """(B, D), the SiLU that every modulation begins with included."""
-        dtype = pooled_text.dtype
-        condition = self.time_in(sinusoid(timestep).to(dtype)) + self.vector_in(pooled_text)
+        dtype, gate = pooled_text.dtype, self.config["gate_value"]
+        time = self.time_in(sinusoid(timestep).to(dtype))
+        if gate is not None:  # a flow map: the time where this step ends, too
+            end = timestep if next_timestep is None else next_timestep
+            time = (1 - gate) * time + gate * self.next_time_in(sinusoid(end).to(dtype))
+        condition = time + self.vector_in(pooled_text)
         if self.config["guidance_embeds"]:
             assert guidance is not None, "this model is guidance-distilled: it needs guidance (B,)"
             condition = condition + self.guidance_in(sinusoid(guidance).to(dtype))
@@ -350,6 +364,7 @@ class Flux(nn.Module):
         text: Tensor,  # (B, L, 4096)
         pooled_text: Tensor,  # (B, 768)
         guidance: Tensor | None = None,  # (B,), 3.5 means 3.5
+        next_timestep: Tensor | None = None,  # (B,) in [0, 1], of a flow map: where the step ends
     ) -> Tensor:
         height, width = noisy_latents.shape[2:]
         p, length, dtype = self.patch_size, text.shape[1], self.img_in.weight.dtype
@@ -358,7 +373,8 @@ class Flux(nn.Module):
         )
         img = self.embed(noisy_latents.to(dtype))  # (B, N, D)
         txt = self.txt_in(text.to(dtype))  # (B, L, D)
-        condition = self.condition(timestep, guidance, pooled_text.to(dtype))  # (B, D)
+        pooled_text = pooled_text.to(dtype)
+        condition = self.condition(timestep, guidance, pooled_text, next_timestep)  # (B, D)
         rope = self.pe_embedder(length, (height // p, width // p), img.device)
 
         for block in self.double_blocks:
@@ -374,6 +390,7 @@ class Flux(nn.Module):
 
 GUIDED = {"in_channels": 64, "guidance_embeds": True}  # distilled: guidance is an input
 SCHNELL = {"in_channels": 64, "guidance_embeds": False}
+GATE = 0.25  # of AnyFlow: in the authors' code alone (custom_code at da8f9a8)
 DC_GEN = "dc-ai/DC-Gen-FLUX.1-Krea-Dev-"
 
 
@@ -389,6 +406,10 @@ PRESETS = {
     "flux-schnell": bfl("schnell", "flux1-schnell.safetensors", SCHNELL),
     "dc-gen-flux-1k": {"hub": DC_GEN + "Res1K", "config": GUIDED | {"in_channels": 32}},
     "dc-gen-flux-4k": {"hub": DC_GEN + "Res4K", "config": GUIDED | {"in_channels": 128}},
+    "dc-gen-flux-anyflow": {
+        "hub": DC_GEN + "v1.0-Res1K-Anyflow",
+        "config": GUIDED | {"in_channels": 32, "gate_value": GATE},
+    },
 }
 
 PREFIX = "model.diffusion_model."  # of some repacked single files
@@ -398,6 +419,8 @@ NAME_MAP = {  # our module: diffusers' modules, whose rows are stacked; {} is th
     "txt_in": ("context_embedder",),
     "time_in.in_layer": ("time_text_embed.timestep_embedder.linear_1",),
     "time_in.out_layer": ("time_text_embed.timestep_embedder.linear_2",),
+    "next_time_in.in_layer": ("time_text_embed.delta_embedder.linear_1",),
+    "next_time_in.out_layer": ("time_text_embed.delta_embedder.linear_2",),
     "guidance_in.in_layer": ("time_text_embed.guidance_embedder.linear_1",),
     "guidance_in.out_layer": ("time_text_embed.guidance_embedder.linear_2",),
     "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
@@ -442,6 +465,8 @@ NAME_MAP = {  # our module: diffusers' modules, whose rows are stacked; {} is th
 def config_from_shapes(shapes: dict[str, tuple]) -> dict:
     """What a file without a config shows of it; the rest must then be FLUX.1's."""
     config = {"guidance_embeds": any("guidance" in name for name in shapes)}
+    if any(re.search(r"\bdelta_embedder\.|^next_time_in\.", name) for name in shapes):
+        config["gate_value"] = GATE
     for name in ("img_in.weight", PREFIX + "img_in.weight", "x_embedder.weight"):
         if name in shapes:
             config["in_channels"] = shapes[name][1]

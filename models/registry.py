@@ -6,7 +6,7 @@ schedule belong together: with another schedule a model still draws pictures, bu
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,6 +60,7 @@ MODELS = {
     "flux-schnell": dict(FLUX, text_encoder="schnell", schedule="schnell", steps=4),
     "dc-gen-flux-1k": dict(DC_GEN, schedule="dc-gen-1k"),
     "dc-gen-flux-4k": dict(DC_GEN, size=4096),
+    "dc-gen-flux-anyflow": dict(DC_GEN, schedule="anyflow", steps=4),
     "sana-0.6b-512": dict(SANA, size=512),
     "sana-0.6b": SANA,
     "sana-1.6b-512": dict(SANA, size=512),
@@ -122,16 +123,25 @@ def describe_pipeline(folder: Path, source: str) -> Spec:
         size = network.get("sample_size", 32) * (64 if channels == 128 else 32)
         shift = scheduler.get("flow_shift", shift)
         return replace(describe("sana-1.6b"), **own, size=size, shift=shift)
-    spec = describe_flux(channels, network.get("guidance_embeds", False))
-    if spec.schedule == "dc-gen-1k":  # whatever its scheduler says
-        return replace(spec, **own | {"schedule": "dc-gen-1k"})
+    is_local = folder == Path(source)  # from the hub come configs alone
+    names = weights.open_checkpoint(folder, "transformer").shapes if is_local else network
+    spec = describe_flux(channels, network.get("guidance_embeds", False), is_flow_map(names))
+    if spec.schedule in ("dc-gen-1k", "anyflow"):  # whatever its scheduler says
+        return replace(spec, **own | {"schedule": spec.schedule})
     # diffusers gives T5 512 tokens, also for schnell.
     shift = None if scheduler.get("use_dynamic_shifting") else shift
     return replace(spec, **own, text_encoder="flux", shift=shift)
 
 
-def describe_flux(in_channels: int, is_guided: bool) -> Spec:
+def is_flow_map(names: Iterable[str]) -> bool:
+    """Do these tensors (or keys of a config) belong to AnyFlow, which is told where a step ends?"""
+    return any(re.search(r"delta_embedder|next_time_in|gate_value", name) for name in names)
+
+
+def describe_flux(in_channels: int, is_guided: bool, is_flow_map: bool) -> Spec:
     """A FLUX by its shape: DC-Gen's 1K model is the one with 32 channels, 4K has 128."""
+    if is_flow_map:
+        return describe("dc-gen-flux-anyflow")
     names = {32: "dc-gen-flux-1k", 128: "dc-gen-flux-4k"}
     return describe(names.get(in_channels, "flux-dev" if is_guided else "flux-schnell"))
 
@@ -163,7 +173,8 @@ def describe_shapes(shapes: dict[str, tuple[int, ...]], config: dict) -> Spec:
         if re.search(r"(img_in|x_embedder)\.weight$", name):  # FLUX: BFL's name, diffusers' name
             if config.get("joint_attention_dim", 4096) != 4096:  # not T5's width
                 return describe("flux-toy")
-            return describe_flux(shape[1], any("guidance" in other for other in shapes))
+            is_guided = any("guidance" in other for other in shapes)
+            return describe_flux(shape[1], is_guided, is_flow_map(shapes))
     config = config or sana.config_from_shapes(shapes) or {}
     if config.get("caption_channels", 2304) != 2304:  # not Gemma's width
         return describe("sana-toy")

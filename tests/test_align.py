@@ -231,6 +231,7 @@ def test_the_two_commands_run_for_a_base_guided_by_two_passes(tmp_path):
     "args, words",
     [
         (["align.py", "--model", "sana-1.6b"], "--autoencoder is missing"),
+        (["align.py", "--model", "dc-gen-flux-anyflow"], "is distilled to few steps"),
         (["align.py", "--data", "no/such/folder"], "no/such/folder"),
         (["align.py", "--resolution", "100"], "no multiple of"),
         (["align.py", "--model", "flux-tuy"], "flux-tuy"),

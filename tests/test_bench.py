@@ -43,6 +43,8 @@ def small(monkeypatch) -> bench.Bench:
     """Tiny networks under the official names; the interpreter of kernels would take minutes."""
     for name, channels in {"flux-krea": 64, "dc-gen-flux-1k": 32}.items():
         monkeypatch.setitem(flux.PRESETS, name, {"config": FLUX | {"in_channels": channels}})
+    flow_map = FLUX | {"in_channels": 32, "gate_value": 0.25}
+    monkeypatch.setitem(flux.PRESETS, "dc-gen-flux-anyflow", {"config": flow_map})
     for name, channels in {"sana-1.6b": 32, bench.SANA_F64: 128}.items():
         config = SANA | {"in_channels": channels, "out_channels": channels}
         monkeypatch.setitem(sana.PRESETS, name, {"config": config})
@@ -109,7 +111,8 @@ def test_every_part_fills_its_rows(small, monkeypatch, capsys):
     for label, rows in bench.plan(small):
         bench.keep(label, rows, small)
     found, labels = small.found, [case.label() for case in CASES]
-    lossy = ["DC-Gen-FLUX 1024 FP8", "DC-Gen-FLUX 1024 NVFP4"]
+    few = "DC-Gen-FLUX AnyFlow 1024"
+    lossy = [f"{name} {kind}" for kind in ("FP8", "NVFP4") for name in ("DC-Gen-FLUX 1024", few)]
     assert list(found["step"]) == list(found["picture"]) == labels + lossy
     assert len(found["rates"]) == 2 and len(found["decode"]) == 3
     assert all(row["tflop_s"] > 0 for row in found["decode"].values())
@@ -118,6 +121,9 @@ def test_every_part_fills_its_rows(small, monkeypatch, capsys):
     assert {name.split(":")[0] for name in small.left_out} >= {"attention cudnn", "attention ours"}
     base, row = (found["picture"][label] for label in labels[:2])
     assert row["over_base"] == pytest.approx(base["seconds"] / row["seconds"])
+    row = found["picture"][few]  # against the same base
+    assert row["over_base"] == pytest.approx(base["seconds"] / row["seconds"])
+    row = found["picture"][labels[1]]
     assert base["over_base"] == 1 and row["paper"] == 1.1 and row["steps_run"] == 2
     floor = found["step"][labels[0]]["floor_ms"]
     assert floor == pytest.approx(bench.floor_ms(CASES[0], "", small)) and floor > 0
@@ -149,6 +155,14 @@ def test_long_pictures_are_put_together_from_steps(small, monkeypatch):
     monkeypatch.setattr(bench, "measure", lambda call, bench: {"ms": 3000.0})
     ((_, _, row),) = bench.picture(CASES[0], "", {"picture"}, small)
     assert row["steps_run"] == 3 and row["seconds"] == pytest.approx(3 + 17 * 3)
+
+
+def test_the_estimate_is_operations_over_rates_for_the_steps_of_each_case(small):
+    bench.estimate(small)
+    for case in CASES:
+        row, steps = small.found["estimate"][case.label()], 4 if "AnyFlow" in case.name else 2
+        operations = steps * sum(bench.step_operations(case)) + bench.decode_operations(case)
+        assert row["tflop"] == pytest.approx(operations / 1e12)
 
 
 def test_what_does_not_fit_is_named_and_the_rest_measured(small):
@@ -205,7 +219,11 @@ def test_stock_diffusers_runs_the_same_step(small, monkeypatch):
     assert "over our FLUX 4096:" not in row
 
 
-@pytest.mark.parametrize("case", bench.CASES[:6], ids=lambda case: case.label())
+@pytest.mark.parametrize(
+    "case",
+    [c for c in bench.CASES if c.family == "FLUX" and not c.steps],
+    ids=lambda case: case.label(),
+)
 def test_stock_diffusers_has_every_decoder(case):
     pytest.importorskip("diffusers")
     from stock_diffusers import decode_call

@@ -23,6 +23,7 @@ TINY = {
         cross_attention_head_dim=16, cross_attention_dim=32, caption_channels=48, sample_size=32,
     )),
 }  # fmt: skip
+OURS = ("position_stride", "gate_value")  # keys of a config that diffusers' class lacks
 ALIGNED = {"flux": dict(in_channels=32, position_stride=2), "sana": dict(in_channels=128)}
 EMBEDDER_HEAD = ("img_in", "x_embedder", "final_layer")
 
@@ -85,7 +86,7 @@ def theirs(network, model, noisy, t, text, second, guidance=None):
 def aligned_transformer(kind: str, folder, model):
     """The base in diffusers' class, with the run's embedder and head: what a LoRA goes on."""
     cls = {"flux": diffusers.FluxTransformer2DModel, "sana": diffusers.SanaTransformer2DModel}[kind]
-    network = cls(**{k: v for k, v in model.config.items() if k != "position_stride"})
+    network = cls(**{k: v for k, v in model.config.items() if k not in OURS})
     base = type(model).from_pretrained(folder / "base")
     kept = [name for name in base.state_dict() if not name.startswith(EMBEDDER_HEAD)]
     state = export.to_diffusers(base, kept)

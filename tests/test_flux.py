@@ -9,6 +9,7 @@ from reference import error, golden, official_shapes, weights_of
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import sample
 from models import flux
 from models.flux import Flux
 from models.script import UserError
@@ -96,6 +97,18 @@ def golden_error(model: Flux, tensors: dict[str, Tensor]) -> float:
     return error(ours, unpack(tensors["out/sample"], height, width, model.patch_size))
 
 
+def flow_map(folder: Path, bare: bool = False) -> tuple[Flux, dict[str, Tensor], tuple]:
+    """(model, tensors, arguments) of the golden AnyFlow; bare: from a config without its gate."""
+    tensors, metadata = golden("flux_tiny_anyflow_c32_diffusers")
+    config = json.loads(metadata["config"])
+    if bare:
+        del config["gate_value"]
+    save_file(weights_of(tensors), folder / "w.safetensors")
+    model = Flux.from_pretrained(folder / "w.safetensors", config=config)
+    names = ("latents_bchw", "timestep", "encoder_hidden_states", "pooled_projections", "guidance")
+    return model, tensors, tuple(tensors[f"in/{name}"] for name in names)
+
+
 def random_inputs(config: dict, batch: int = 2, grid: tuple = (5, 7), length: int = 6) -> dict:
     patch = 2 if config["in_channels"] == 64 else 1
     channels = config["in_channels"] // patch**2
@@ -146,6 +159,46 @@ def test_golden_cases_agree_inside_and_at_the_end(name, tmp_path):
     if theirs is None:  # diffusers keeps the streams apart
         theirs = torch.cat((out["single_block0.txt"], out["single_block0.img"]), dim=1)
     assert error(seen["single_block0"], theirs) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_flow_map_agrees_in_one_call_and_after_four_steps(tmp_path, bare):
+    model, tensors, arguments = flow_map(tmp_path, bare)
+    ours = model(*arguments, tensors["in/next_timestep"])
+    assert error(ours, tensors["out/sample_bchw"]) < 1e-5
+    assert error(model(*arguments), tensors["out/sample_bchw"]) > 1e-2  # r stays t
+    sigmas = sample.timesteps(4, "anyflow")
+    assert error(sigmas, tensors["out/sigmas_4"]) < 1e-6
+    noise, _, *cond, guidance = arguments
+    for stepper in (None, sample.Stepper(model)):
+        rows = [  # each with a guidance of its own
+            sample.sample(
+                model, tuple(c[i : i + 1] for c in cond), noise[i : i + 1], sigmas, scale,
+                stepper=stepper,
+            )
+            for i, scale in enumerate(guidance.tolist())
+        ]  # fmt: skip
+        assert error(torch.cat(rows), tensors["out/latents_after_4_steps_bchw"]) < 1e-4
+    with pytest.raises(UserError, match="solver dpm on a flow map"):
+        sample.sample(model, tuple(cond), noise, sigmas, 3.5, solver="dpm")
+
+
+@torch.no_grad()
+def test_the_two_times_of_a_flow_map_are_mixed_by_its_gate():
+    model, plain = tiny(gate_value=0.25), tiny()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "next_time" not in k})
+    inputs = random_inputs(TINY)
+    inputs["guidance"] = torch.full((2,), 3.5)
+    model.next_time_in.load_state_dict(model.time_in.state_dict())
+    assert error(model(**inputs), plain(**inputs)) < 1e-6  # r is t: nothing is new
+    t, r = torch.tensor([0.9]), torch.tensor([0.4])
+    pooled, zero = torch.zeros(1, TINY["pooled_projection_dim"]), torch.zeros(1)
+    embed = model.time_in
+    times = 0.75 * embed(flux.sinusoid(t)) + 0.25 * embed(flux.sinusoid(r))
+    rest = model.vector_in(pooled) + model.guidance_in(flux.sinusoid(zero))
+    ours = model.condition(t, zero, pooled, r)
+    torch.testing.assert_close(ours, torch.nn.functional.silu(times + rest))
 
 
 @pytest.mark.parametrize("name", ["flux_tiny_diffusers", "flux_tiny_dcgen_c32_diffusers"])
@@ -284,12 +337,17 @@ def test_a_wrong_norm_eps_is_caught(norm, tmp_path, monkeypatch):
         *((f"flux-{name}", "flux1-dev-diffusers") for name in ("dev", "krea", "schnell")),
         ("dc-gen-flux-1k", "dcgen-flux-1k-diffusers"),
         ("dc-gen-flux-4k", "dcgen-flux-4k-diffusers"),
+        ("dc-gen-flux-anyflow", "dcgen-flux-1k-diffusers"),
     ],
 )
 def test_preset_has_the_official_names_and_shapes(preset, keys):
     official = official_shapes(keys)
     if preset == "flux-schnell":  # dev without its guidance embedding
         official = {name: shape for name, shape in official.items() if "guidance" not in name}
+    if preset == "dc-gen-flux-anyflow":  # 1K's, and a second embedder of time
+        time = "time_text_embed.timestep_embedder."
+        for name in [name for name in official if name.startswith(time)]:
+            official[name.replace("timestep_embedder", "delta_embedder")] = official[name]
     config = flux.PRESETS[preset]["config"]
     assert config == flux.config_from_shapes(official)
     with torch.device("meta"):

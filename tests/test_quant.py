@@ -195,13 +195,17 @@ def test_sana_keeps_its_convolution_and_cross_attentions_keys_in_16_bits():
     assert after < 0.4 * before
 
 
-def tiny_flux() -> Flux:
+def tiny_flux(gate_value: float | None = None) -> Flux:
     torch.manual_seed(0)
     return Flux(
         in_channels=16, num_layers=1, num_single_layers=1, num_attention_heads=2,
         attention_head_dim=12, axes_dims_rope=(4, 4, 4), joint_attention_dim=8,
-        pooled_projection_dim=8,
+        pooled_projection_dim=8, gate_value=gate_value,
     ).requires_grad_(False)  # fmt: skip
+
+
+def tiny_flow_map() -> Flux:
+    return tiny_flux(0.25)
 
 
 def tiny_sana() -> Sana:
@@ -219,7 +223,9 @@ def arguments(model: nn.Module) -> tuple:
     t, text = torch.rand(2, generator=generator), torch.randn(2, 3, 8, generator=generator)
     if isinstance(model, Sana):
         return latents, t, text, torch.ones(2, 3, dtype=torch.bool)
-    return latents, t, text, torch.randn(2, 8, generator=generator), torch.ones(2)
+    pooled, guidance = torch.randn(2, 8, generator=generator), torch.ones(2)
+    end = () if model.config["gate_value"] is None else (t / 2,)
+    return latents, t, text, pooled, guidance, *end
 
 
 SMALL = Config(rank=4, grid=3, rounds=2)
@@ -244,7 +250,9 @@ def write(path, model: nn.Module, config: Config) -> tuple[dict, dict]:
     return state, header
 
 
-@pytest.mark.parametrize("make", [tiny_flux, tiny_sana])  # widths of 24: no multiple of 16
+@pytest.mark.parametrize(
+    "make", [tiny_flux, tiny_flow_map, tiny_sana]
+)  # widths of 24: no multiple of 16
 def test_a_quantized_model_is_near_the_model(make, tmp_path):
     model, path = make(), tmp_path / "quant.safetensors"
     write(path, model, SMALL)
@@ -295,9 +303,10 @@ def calibrate(model: nn.Module, spec: Spec, cond: tuple, null_cond: tuple, token
     return quant.calibration_inputs(model, draw, spec.steps, tokens)
 
 
-def test_calibration_sees_the_inputs_of_the_layers_along_the_trajectory():
-    model, spec = tiny_flux(), replace(TOY, steps=3, guidance=2.0)
-    _, _, text, pooled, _ = arguments(model)
+@pytest.mark.parametrize("make", [tiny_flux, tiny_flow_map])
+def test_calibration_sees_the_inputs_of_the_layers_along_the_trajectory(make):
+    model, spec = make(), replace(TOY, steps=3, guidance=2.0)
+    _, _, text, pooled, *_ = arguments(model)
     kept = calibrate(model, spec, (text, pooled), (), 60)
     assert kept.keys() == {n for n, (bits, _) in quant.layers_of(model).items() if bits == 4}
     first, last = kept["double_blocks.0.img_attn.qkv"], kept["single_blocks.0.linear2"]

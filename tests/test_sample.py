@@ -322,6 +322,10 @@ def test_a_flux_alone_is_known_by_its_shape(toy):
         weights.save("x.safetensors", tensors, {})
         spec = registry.describe("x.safetensors")
         assert (spec.schedule, spec.size, spec.steps) == expected
+    more = {"time_text_embed.delta_embedder.linear_1.bias": torch.zeros(1)}
+    weights.save("x.safetensors", tensors | more, {})
+    spec = registry.describe("x.safetensors")
+    assert (spec.schedule, spec.size, spec.steps) == ("anyflow", 1024, 4)
 
 
 @pytest.mark.parametrize(

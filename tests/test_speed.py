@@ -42,6 +42,16 @@ def make_flux() -> tuple:
     return ready(model), (normal(2, 7, 12), normal(2, 10)), 3.5, None, "euler"
 
 
+def make_flow_map() -> tuple:
+    torch.manual_seed(0)
+    model = Flux(
+        in_channels=8, num_layers=1, num_single_layers=2, num_attention_heads=2,
+        attention_head_dim=16, joint_attention_dim=12, pooled_projection_dim=10,
+        axes_dims_rope=(4, 6, 6), gate_value=0.25,
+    )  # fmt: skip
+    return ready(model), (normal(2, 7, 12), normal(2, 10)), 3.5, None, "euler"
+
+
 def make_sana(**changes) -> tuple:
     torch.manual_seed(0)  # some random models turn a change of 1e-7 into one of 2e-4
     model = Sana(
@@ -67,7 +77,7 @@ def run(made: tuple, stepper: sample.Stepper | None, seed: int = 0, steps: int =
     return sample.sample(model, cond, noise, sigmas, guidance, null, solver, None, stepper)
 
 
-@pytest.mark.parametrize("make", [make_flux, make_sana, make_sana_2k])
+@pytest.mark.parametrize("make", [make_flux, make_flow_map, make_sana, make_sana_2k])
 def test_what_is_computed_before_the_first_step_changes_nothing(make):
     made = make()
     expected, other = run(made, None), run(made, None, seed=1, steps=2)
@@ -79,7 +89,7 @@ def test_what_is_computed_before_the_first_step_changes_nothing(make):
     assert torch.equal(run(made, sample.Stepper(made[0], hoist=False, graph=False)), expected)
 
 
-@pytest.mark.parametrize("make", [make_flux, make_sana])
+@pytest.mark.parametrize("make", [make_flux, make_flow_map, make_sana])
 def test_other_words_replace_those_of_the_batch_before(make):
     model, cond, guidance, null, solver = made = make()
     stepper = sample.Stepper(model, graph=False)
@@ -106,7 +116,7 @@ def test_the_modules_that_were_hoisted_are_not_run_in_a_step(make):
     assert not [m for m in calls if m in inner]
 
 
-@pytest.mark.parametrize("make", [make_flux, make_sana])
+@pytest.mark.parametrize("make", [make_flux, make_flow_map, make_sana])
 def test_steppers_of_one_model_do_not_meet(make):
     model, cond, guidance, null, solver = made = make()
     louder = (model, (2 * cond[0], *cond[1:]), guidance, null, solver)
@@ -135,7 +145,7 @@ def test_a_step_that_fails_leaves_the_model_as_it_was():
 
 
 @needs_cuda
-@pytest.mark.parametrize("make", [make_flux, make_sana])
+@pytest.mark.parametrize("make", [make_flux, make_flow_map, make_sana])
 def test_a_replayed_graph_is_bit_identical_to_eager(make):
     made = make()
     eager = run(made, sample.Stepper(made[0], graph=False), steps=5)
@@ -168,7 +178,7 @@ def test_a_graph_is_recorded_whole_and_for_one_attention_only():
 
 
 @pytest.mark.skipif(not kernels.runs_on(DEVICE), reason="needs Triton and a GPU or its interpreter")
-@pytest.mark.parametrize("make", [make_flux, make_sana])
+@pytest.mark.parametrize("make", [make_flux, make_flow_map, make_sana])
 def test_all_together_gives_the_plain_picture(make):
     made = make()
     expected = run(made, None, steps=2)
