@@ -5,15 +5,15 @@ What    python align.py, then python lora.py. Gives a pretrained FLUX or SANA a 
         them. The blocks between stay frozen: they hold what the model knows.
 Why     A fresh embedder feeds those blocks noise. Fine-tuning then first destroys what they know,
         and the paper's models without alignment never recover (FID 456 against 8 on DiT-XL).
-How     Stage 1: the new embedding of an image has to equal the base's, averaged over the base
-        tokens that one new token covers,
+How     Stage 1: the new embedding of an image without noise has to equal the base's, averaged over
+        the base tokens that one new token covers,
             L = E || embed(latents) - pool(embed_base(base_latents)) ||^2                      (1)
         Stage 2: embedder and head together, blocks frozen, by flow matching,
             noisy = (1 - t) latents + t noise,
             L = E || v(noisy, t, text) - (noise - latents) ||^2                                (2)
         FLUX.1-dev and Krea take the guidance g as an input and return the guided velocity
             v(text, g) = g v(text) - (g - 1) v(null),   so v(null, g) = v(null).
-        That is not what noise - latents is the mean of, so (2) is applied to the recovered velocity
+        No mean of noise - latents is that, so (2) is applied to the recovered velocity
             v(text) = [v(text, g) + (g - 1) v(null, g)] / g                                      (3)
         from two passes. The one with the empty caption has no gradient: rows whose caption is
         dropped train it. Applied to v(text, g) itself, (2) would unlearn the guidance. SANA takes
@@ -22,8 +22,8 @@ Cost    The toy: two minutes on two CPU cores. FLUX.1 (12 B) at 1024 x 1024: 24 
 Saves   runs/<model>/align.safetensors: embedder and head, and in its header the base, the
         autoencoder, the timestep shift and the flags. lora.py goes on from it.
 Source  DC-Gen, arXiv 2509.25180: embedding alignment, and eq. 3-7 with w = g - 1.
-Differs Stage 1 sees clean latents only: with independent noise on both sides (1) becomes a ridge
-        regression that shrinks the embedder. The README lists all differences.
+Differs Stage 1 averages the base's embedding to the new grid; the authors' code enlarges the new
+        one to the base's. The README lists all differences.
 """
 
 import copy
@@ -124,7 +124,8 @@ def transplant(base: nn.Module, latent_channels: int, position_stride: int = 1) 
     """The base with a new embedder and head for `latent_channels`; all between them is shared.
 
     The head starts at zero: a model that predicts nothing is better than one that predicts noise.
-    It keeps the base's modulation. Both are trained, so they are in fp32 whatever the base is.
+    Its modulation is the base's. Embedder and head are in fp32, whatever the base is: they train.
+    FLUX's patch size follows from the channels: 2 for its own 16, else 1 (models/flux.py).
     position_stride: base tokens a side between two new tokens, for the positions of FLUX.
     """
     changed = {"in_channels": latent_channels, "out_channels": None}

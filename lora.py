@@ -4,8 +4,8 @@ What    python lora.py, after python align.py. Trains a low-rank addition to the
         the blocks, with the aligned embedder and head, until pictures are the base's again.
 Why     After alignment alone the paper's models draw the right subject, coarsely; the toy draws
         blobs. The blocks still expect features of the old latents. They have to move a little and
-        must not forget. A low-rank update moves them a little by construction, and leaves the
-        base's weights as they are.
+        must not forget. A low-rank update limits how they can move, and leaves the base's weights
+        as they are.
 How     y = W x + b + alpha / r * B (A x),   A (r, in) random, B (out, r) zero                  (4)
         so training starts at the aligned model. The loss is align.py's: flow matching on the
         velocity recovered from the guidance-distilled model, align.py eq. (2) and (3). Loading
@@ -17,7 +17,7 @@ Saves   runs/<model>/lora.safetensors: A and B of each layer, embedder and head;
         sample.py. --export writes what other programs open.
 Source  DC-Gen, arXiv 2509.25180 (rank 256, alpha 256 for FLUX); LoRA, arXiv 2106.09685.
 Differs The modulation layers (27% of FLUX's weights, one row a picture) get no LoRA, as in the
-        authors' code. alpha is the rank. On the toy, embedder and head learn at three times --lr.
+        authors' code. On the toy, embedder and head learn at three times --lr.
 Limits  What the data does not show is forgotten in the end, low rank or not: see models/toy.
 """
 
