@@ -10,6 +10,8 @@ How     noisy = (1 - t) latents + t noise,   velocity = d noisy / dt = noise - l
         t = r s / (1 + (r - 1) s)            s falls evenly from 1; r > 1 dwells in the noise  (2)
         Euler: noisy += (t_next - t) velocity                                                  (3)
         DPM-Solver++ 2M: the same path in log signal-to-noise, with a memory of one step       (4)
+        Adams-Bashforth 2: noisy += h (velocity + h / (2 h_last) (velocity - last velocity))   (5)
+        h is the step in t; (5) is of second order at one call a step, as (4) is.
 Cost    steps x one call of the transformer (two for SANA's guidance), and one decode. On a GPU:
         fused kernels (models/kernels.py), what the steps share computed once, a CUDA graph.
 Source  FLUX.1 (mu of the token count), DC-Gen arXiv 2509.25180, SANA arXiv 2410.10629,
@@ -56,6 +58,7 @@ class Config:
     size: str = ""  # WxH in pixels, any; "": the model's own
     steps: int | None = None  # the model's own unless given
     guidance: float | None = None  # the model's own unless given
+    solver: str = ""  # euler | ab2 | dpm; "": the model's own
     seed: int = 0  # of the first prompt; each next one has the next seed
     batch_size: int = 1  # 1: a picture is the same, to the bit, alone or among others
     autoencoder: str = ""  # "": the model's own; a preset or a path
@@ -155,9 +158,8 @@ def sample(
     # A flow map (AnyFlow) is told where the step ends, and steps there exactly.
     is_map = isinstance(model, flux.Flux) and model.config["gate_value"] is not None
     ends = levels[1:] if is_map else [None] * len(inputs)
-    if is_map and solver != "euler":
-        raise UserError(f"solver {solver} on a flow map, which steps exactly: wanted euler")
-    memory, previous = dpm_memory(sigmas), noisy_latents
+    check_solver(solver, len(inputs), is_map)
+    memory, previous = last_weights(sigmas, is_dpm), noisy_latents
     if stepper is not None:
         stepper.start(inputs, noisy_latents, cond, guidance, null_cond, ends)
     for i, (now, then) in enumerate(pairwise(levels)):
@@ -173,20 +175,35 @@ def sample(
             noisy_latents = then / now * noisy_latents + weight * estimate
             previous = latents
         else:
-            noisy_latents = noisy_latents + (then - now) * velocity  # eq. (3)
+            mean = velocity  # of the step, eq. (3)
+            if solver == "ab2":  # eq. (5)
+                mean = velocity + memory[i] * (velocity - previous)
+                previous = velocity.clone()  # the next replay of a stepper writes over it
+            noisy_latents = noisy_latents + (then - now) * mean
         if progress is not None:
             progress.update()
     return noisy_latents
 
 
-def dpm_memory(sigmas: Tensor) -> list[float]:
-    """By step: how much of the data's last change DPM-Solver++ 2M adds, h / (2 h of the last).
+def check_solver(solver: str, steps: int, is_map: bool) -> None:
+    if is_map and solver != "euler":
+        raise UserError(f"--solver {solver} on a flow map, which steps exactly: wanted euler")
+    if solver not in ("euler", "ab2", "dpm"):
+        raise UserError(f"--solver {solver}: wanted euler, ab2 or dpm")
+    if solver == "ab2" and steps < 6:  # its first step is Euler's, and its error stays
+        raise UserError(f"--solver ab2 in {steps} steps: wanted 6 or more, or euler")
 
-    h is the step in lambda = log((1 - t) / t), in fp64. At both ends the solver is of first order:
-    there is no last step yet, and at t = 0 lambda is infinite.
+
+def last_weights(sigmas: Tensor, is_dpm: bool) -> list[float]:
+    """By step: how much of the last change eq. (4) and (5) add, h / (2 h of the last), in fp64.
+
+    h is the step in t, and for DPM-Solver++ 2M in lambda = log((1 - t) / t). Where no last step is
+    and where lambda is infinite (t = 0) they are of first order.
     """
-    h = (torch.log(1 - sigmas.double()) - torch.log(sigmas.double())).diff()
-    return [0.0, *(h[1:] / h[:-1] / 2)[:-1].tolist(), 0.0]
+    levels = sigmas.double()
+    h = (torch.log(1 - levels) - torch.log(levels) if is_dpm else levels).diff()
+    shares = [0.0, *(h[1:] / h[:-1] / 2).tolist()]
+    return [*shares[:-1], 0.0] if is_dpm else shares
 
 
 def predict(
@@ -771,16 +788,19 @@ def main() -> None:
 
     def defaults(model: str) -> dict:  # behind the command line counts the recipe, then the model
         spec = describe(model)
-        own = dict(steps=spec.steps, guidance=spec.guidance, size=f"{spec.size}x{spec.size}")
+        own = dict(steps=spec.steps, guidance=spec.guidance, solver=spec.solver)
+        own["size"] = f"{spec.size}x{spec.size}"
         return own | recipe
 
     config = parse_config(Config, doc, defaults=defaults)
     device, spec = pick_device(config.device), describe(config.model, config.autoencoder)
-    spec = replace(spec, steps=config.steps, guidance=config.guidance)
+    spec = replace(spec, steps=config.steps, guidance=config.guidance, solver=config.solver)
     name = config.dtype or ("fp32" if device.type != "cuda" or spec.is_toy else "bf16")
     config, dtype = replace(config, device=str(device), dtype=name), pick_dtype(name)
     if config.steps == 0 or config.batch_size == 0:
         raise UserError("--steps and --batch-size: wanted 1 or more")
+    is_map = spec.schedule == "anyflow"
+    check_solver(config.solver, config.steps, is_map)  # before anything is loaded
     if config.fp8 and spec.stage == "quant":
         raise UserError(f"--fp8 and {config.model}, which is quantized already: leave --fp8 out")
     if config.negative_prompt and not spec.uses_cfg:

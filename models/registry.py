@@ -26,7 +26,7 @@ class Spec:
     text_encoder: str  # kind of encoder in models/text.py: toy | sana-toy | flux | schnell | sana
     pipeline: str  # where the text encoder is: a pipeline's folder or hub id, or the toy's preset
     schedule: str  # kind of sample.timesteps
-    solver: str  # of sample.sample: euler | dpm
+    solver: str  # of sample.sample: euler | ab2 | dpm
     steps: int
     guidance: float
     size: int  # pixels a side

@@ -1,8 +1,10 @@
 """Why believe sample.py and models/registry.py: the reference's numbers, identities, pictures."""
 
 import json
+import math
 import sys
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -126,9 +128,8 @@ def test_sana_latents_are_the_references(name, tmp_path):
 # ---- identities
 
 
-@pytest.mark.parametrize("solver", ["euler", "dpm"])
+@pytest.mark.parametrize("solver, steps", [("ab2", 7), *product(("euler", "dpm"), (1, 2, 7))])
 @pytest.mark.parametrize("kind", ["flux", "sana-dpm", "schnell"])
-@pytest.mark.parametrize("steps", [1, 2, 7])
 def test_an_exact_straight_path_gives_the_data_back(solver, kind, steps):
     latents, noise = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
     sigmas = sample.timesteps(steps, kind, tokens=1024)
@@ -140,6 +141,48 @@ def test_an_exact_straight_path_gives_the_data_back(solver, kind, steps):
     ours = sample.sample(straight, (), start, sigmas, None, solver=solver)
     assert torch.isfinite(ours).all()
     assert_close(ours, latents, 1e-5)
+
+
+def decay(noisy_latents, timestep, *cond):
+    """A velocity whose path is known: x(t) = x(1) exp(sin 2t - sin 2)."""
+    return 2 * math.cos(2 * float(timestep[0])) * noisy_latents
+
+
+class Overwriting:
+    """As a CUDA graph does it: every call returns the same memory."""
+
+    def start(self, timesteps, noise, *given):
+        self.timesteps, self.out = timesteps, torch.empty_like(noise)
+
+    def __call__(self, step, noisy_latents):
+        return self.out.copy_(decay(noisy_latents, torch.tensor([self.timesteps[step]])))
+
+
+@pytest.mark.parametrize("solver, gain", [("euler", 2), ("ab2", 4)])
+def test_twice_the_steps_halve_or_quarter_the_error(solver, gain):
+    start, errors = torch.ones(1, 1, 1, 1), []
+    for steps in (40, 80):
+        sigmas = sample.timesteps(steps, "flux", tokens=1024)  # uneven steps
+        end = sample.sample(decay, (), start, sigmas, None, solver=solver)
+        given = dict(solver=solver, stepper=Overwriting())
+        assert torch.equal(end, sample.sample(decay, (), start, sigmas, None, **given))
+        errors.append(abs(end.item() - math.exp(-math.sin(2))))
+    assert errors[0] / errors[1] == pytest.approx(gain, rel=0.15)
+
+
+def test_ab2_begins_with_euler_and_is_refused_for_few_steps():
+    sigmas = sample.timesteps(6, "flux", tokens=1024)
+    x, last, levels = 1.0, None, sigmas.double().tolist()
+    for i in range(6):
+        h, velocity = levels[i + 1] - levels[i], 2 * math.cos(2 * levels[i]) * x
+        ratio = h / (levels[i] - levels[i - 1]) if i else 0
+        x += h * ((1 + ratio / 2) * velocity - ratio / 2 * (last or 0))
+        last = velocity
+    ours = sample.sample(decay, (), torch.ones(1, 1, 1, 1), sigmas, None, solver="ab2")
+    assert ours.item() == pytest.approx(x, rel=1e-5)
+    for solver, steps in (("ab2", 5), ("heun", 20)):
+        with pytest.raises(script.UserError, match=f"--solver {solver}.*wanted"):
+            sample.sample(decay, (), ours, sample.timesteps(steps, "schnell"), None, solver=solver)
 
 
 def test_guidance_extrapolates_between_two_passes_or_is_an_input_of_each_image():
