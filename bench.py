@@ -147,7 +147,7 @@ def one_step(case: Case, stepper: sample.Stepper, text: tuple) -> Callable[[], T
     """A call of the transformer as the sampler makes it."""
     (cond, null_cond), guidance = text, registry.describe(case.model).guidance
     noise = sample.draw_noise([0], case.latents).to(cond[0].device)
-    ends = (0.5, 0.0) if case.steps else (None,)
+    ends = (0.5, 0.0) if case.steps else None
     stepper.start([0.9, 0.5], noise, cond, guidance, null_cond or None, ends)
     stepper(0, noise)  # the first call is never replayed
     return lambda: stepper(1, noise)
@@ -372,8 +372,8 @@ def estimate(bench: Bench) -> None:
     """Operations over rates. No GPU was measured for this; memory traffic is not counted."""
     rows = bench.found.setdefault("estimate", {})
     shares = ", ".join(f"{share:.0%} of {name}" for name, share in REACHED.items())
-    print(f"\nESTIMATE, not measured: {bench.config.steps} steps (AnyFlow: 4) + decode, from operation"
-          f"\ncounts and data sheets ({shares}; FP8 and NVFP4: linear layers alone)")  # fmt: skip
+    print(f"\nESTIMATE, not measured: {bench.config.steps} steps (AnyFlow: 4) + decode, from"
+          f"\noperation counts and data sheets ({shares}; FP8 and NVFP4: linear layers alone)")  # fmt: skip
     columns = [f"{gpu} {kind}" for gpu, rates in GPUS.items() for kind in rates]
     print(f"\n{'seconds':25}{'tokens':>7}{'TFLOP':>8}" + "".join(f"{c:>16}" for c in columns))
     for case in bench.cases:

@@ -157,14 +157,14 @@ def sample(
     inputs = [int(1000 * t + 3e-5) / 1000 if is_dpm else t for t in levels[:-1]]
     # A flow map (AnyFlow) is told where the step ends, and steps there exactly.
     is_map = isinstance(model, flux.Flux) and model.config["gate_value"] is not None
-    ends = levels[1:] if is_map else [None] * len(inputs)
+    ends = levels[1:] if is_map else None
     check_solver(solver, len(inputs), is_map)
     memory, previous = last_weights(sigmas, is_dpm), noisy_latents
     if stepper is not None:
         stepper.start(inputs, noisy_latents, cond, guidance, null_cond, ends)
     for i, (now, then) in enumerate(pairwise(levels)):
         if stepper is None:
-            given = (cond, guidance, null_cond, ends[i])
+            given = (cond, guidance, null_cond, ends[i] if is_map else None)
             velocity = predict(model, noisy_latents, inputs[i], *given)
         else:
             velocity = stepper(i, noisy_latents)
@@ -379,10 +379,10 @@ class Stepper:
         cond: Cond,
         guidance: float | None,
         null_cond: Cond | None,
-        ends: Sequence[float | None] = (None,),  # of a flow map: the time where each step ends
+        ends: Sequence[float] | None = None,  # of a flow map: the time where each step ends
     ) -> None:
         """Get ready for a batch of pictures; the next one of its shapes replays the same graph."""
-        given, is_map = [*cond, *(null_cond or ())], None not in ends
+        given, is_map = [*cond, *(null_cond or ())], ends is not None
         signature = [self.model.attention, next(self.model.parameters()).dtype, guidance, is_map]
         signature += [len(cond), noise.shape, *((t.shape, t.dtype) for t in given)]
         if signature != self.signature:
@@ -436,7 +436,7 @@ def precompute(
     timesteps: list[float],
     cond: Cond,
     guidance: float | None,
-    ends: Sequence[float | None],
+    ends: Sequence[float] | None,
 ) -> tuple[dict[nn.Module, Tensor], dict[nn.Module, Tensor]]:
     """Outputs of modules that no noise reaches, by module: those that all steps share, and those
     that follow the timestep, (S, ...)."""
@@ -448,7 +448,7 @@ def precompute(
         text, pooled = (tensor.to(dtype) for tensor in cond)
         scale = None if guidance is None else torch.full((steps * batch,), guidance, device=device)
         end = None
-        if None not in ends:
+        if ends is not None:
             end = torch.tensor(ends, device=device).repeat_interleave(batch)  # (S B,)
         pooled = pooled.repeat(steps, 1)
         conditions = model.condition(levels.flatten(), scale, pooled, end)  # (S B, D)

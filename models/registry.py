@@ -138,9 +138,9 @@ def is_flow_map(names: Iterable[str]) -> bool:
     return any(re.search(r"delta_embedder|next_time_in|gate_value", name) for name in names)
 
 
-def describe_flux(in_channels: int, is_guided: bool, is_flow_map: bool) -> Spec:
+def describe_flux(in_channels: int, is_guided: bool, is_map: bool) -> Spec:
     """A FLUX by its shape: DC-Gen's 1K model is the one with 32 channels, 4K has 128."""
-    if is_flow_map:
+    if is_map:
         return describe("dc-gen-flux-anyflow")
     names = {32: "dc-gen-flux-1k", 128: "dc-gen-flux-4k"}
     return describe(names.get(in_channels, "flux-dev" if is_guided else "flux-schnell"))

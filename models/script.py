@@ -1,4 +1,4 @@
-"""What every script needs: one sentence for the user's mistake, a command line, a device, a dtype."""
+"""What every script needs: a sentence for the user's mistake, a command line, a device, a dtype."""
 
 import argparse
 import errno

@@ -23,7 +23,8 @@ from models.weights import Checkpoint, build, check, save
 CASES = [
     f"dcae_tiny_{s}_{f}" for s in ("sana", "v15", "mix", "lite") for f in ("dcai", "diffusers")
 ]
-OFFICIAL = {  # preset: (numbers in it, BatchNorm statistics included; the published scale of latents)
+# preset: (numbers in it, BatchNorm statistics included; the published scale of latents)
+OFFICIAL = {
     "f32c32-in-1.0": (323369275, 0.3189),
     "f32c32-mix-1.0": (323369275, 0.4552),
     "f32c32-sana-1.0": (312250275, 0.41407),

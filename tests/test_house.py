@@ -35,6 +35,8 @@ def test_imports_run_one_way():
     for file in (ROOT / "models").rglob("*.py"):
         if file.name != "pretrain.py":  # trains the toy's weights, with the stages
             assert not imports_of(file) & {*STAGES}, file
+    toy = ROOT / "models" / "toy" / "__init__.py"
+    assert "models" not in imports_of(toy)  # no network either
 
 
 def loop(function) -> str:
