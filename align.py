@@ -18,7 +18,7 @@ How     Stage 1: the new embedding of an image without noise has to equal the ba
         from two passes. The one with the empty caption has no gradient: rows whose caption is
         dropped train it. Applied to v(text, g) itself, (2) would unlearn the guidance. SANA takes
         no g: the sampler extrapolates from v(null) to v(text), and (2) is applied as it stands.
-Cost    The toy: two minutes on two CPU cores. FLUX.1 (12 B) at 1024 x 1024: 24 GiB of a GPU.
+Cost    The toy: two minutes on two CPU cores. FLUX.1 (12 B) at 1024 x 1024: 25 GiB of a GPU.
 Saves   runs/<model>/align.safetensors: embedder and head, and in its header the base, the
         autoencoder, the timestep shift and the flags. lora.py goes on from it.
 Source  DC-Gen, arXiv 2509.25180: embedding alignment, and eq. 3-7 with w = g - 1.
