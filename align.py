@@ -5,37 +5,40 @@ What    python align.py, then python lora.py. Gives a pretrained FLUX or SANA a 
         them. The blocks between stay frozen: they hold what the model knows.
 Why     A fresh embedder feeds those blocks noise. Fine-tuning then first destroys what they know,
         and the paper's models without alignment never recover (FID 456 against 8 on DiT-XL).
-How     Stage 1: the new embedding of an image without noise has to equal the base's, averaged over
+How     Data: pictures that the base itself draws, of prompts that name what is to be kept.
+        Stage 1: the new embedding of an image without noise has to equal the base's, averaged over
         the base tokens that one new token covers,
             L = E || embed(latents) - pool(embed_base(base_latents)) ||^2                      (1)
+        An embedder is linear: (1) is least squares, and is solved exactly in one pass.
         Stage 2: embedder and head together, blocks frozen, by flow matching,
             noisy = (1 - t) latents + t noise,
             L = E || v(noisy, t, text) - (noise - latents) ||^2                                (2)
         FLUX.1-dev and Krea take the guidance g as an input and return the guided velocity
             v(text, g) = g v(text) - (g - 1) v(null),   so v(null, g) = v(null).
         No mean of noise - latents is that, so (2) is applied to the recovered velocity
-            v(text) = [v(text, g) + (g - 1) v(null, g)] / g                                      (3)
+            v(text) = [v(text, g) + (g - 1) v(null, 1)] / g                                      (3)
         from two passes. The one with the empty caption has no gradient: rows whose caption is
         dropped train it. Applied to v(text, g) itself, (2) would unlearn the guidance. SANA takes
         no g: the sampler extrapolates from v(null) to v(text), and (2) is applied as it stands.
-Cost    The toy: two minutes on two CPU cores. FLUX.1 (12 B) at 1024 x 1024: 25 GiB of a GPU.
-Saves   runs/<model>/align.safetensors: embedder and head, and in its header the base, the
-        autoencoder, the timestep shift and the flags. lora.py goes on from it.
+Cost    The toy: COST on two CPU cores. FLUX.1 (12 B) at 1024 x 1024: 25 GiB of a GPU.
+Saves   runs/<model>/drawn/: the pictures. align.safetensors beside it: embedder and head, and in
+        its header the base, the autoencoder, the schedule and the flags. lora.py goes on from it.
 Source  DC-Gen, arXiv 2509.25180: embedding alignment, and eq. 3-7 with w = g - 1.
-Differs Stage 1 averages the base's embedding to the new grid; the authors' code enlarges the new
-        one to the base's. The README lists all differences.
+Differs The paper minimizes (1) by gradient steps, and its authors' code compares on the base's
+        grid, to which it enlarges the new embedding. The README lists all differences.
 """
 
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 import dcae
 import sample
@@ -43,23 +46,24 @@ from models import data, registry, runs, toy
 from models.data import Batch, Dataset
 from models.registry import Spec
 from models.script import UserError, exit_cleanly, parse_config
+from models.weights import write_whole
 
 
 @dataclass(frozen=True)
 class Config:
     model: str = "flux-toy"  # the base: a name in registry.MODELS or a path
     autoencoder: str = ""  # the new latent space: a preset or a path; "": for the toys, DEEPER
-    data: str = ""  # a folder of images with same-stem .txt captions; "": the toy world
+    data: str = ""  # images with same-stem .txt captions; "": the base draws --prompts
+    prompts: str = ""  # a .txt, a prompt a line, or .jsonl; "": for the toys, all they know
     weights: str = ""  # a folder to look in instead of the hub
     resolution: int = 0  # pixels, height = width; 0: the model's own
-    scenes: int = 3072  # toy pictures to draw when there is no data
-    embed_steps: int = 400  # stage 1, at ten times --lr
-    embed_batch: int = 256  # no block runs in stage 1, so a batch costs next to nothing
+    scenes: int = 3072  # prompts of the toy world, if none are given
+    ablation: str = ""  # random: without stage 1
     steps: int = 200  # stage 2
     lr: float = 3e-3  # cosine to zero
     batch_size: int = 32  # of all GPUs together
     micro_batch: int = 0  # pictures a GPU takes at once; 0: its share of the batch
-    shift: float = 2.0  # of timesteps, in training and sampling; 0: that of the base's schedule
+    shift: float = 2.0  # of timesteps, in training and sampling; 0: the schedule's at each size
     ema: float = 0.0  # decay of a moving average, e.g. 0.999, which is then what is saved; 0: none
     per_task: int = 12  # toy prompts of each task to score by; 0: none
     save_every: int = 100  # steps, so that an interrupted run goes on
@@ -70,10 +74,7 @@ class Config:
 
 
 # For official models, unless flags say otherwise. Steps as in the paper, the rest is customary.
-LARGE = dict(
-    embed_steps=2000, embed_batch=64, steps=10_000, lr=1e-4, shift=0.0, micro_batch=2,
-    save_every=500,
-)  # fmt: skip
+LARGE = dict(steps=10_000, lr=1e-4, shift=0.0, micro_batch=2, save_every=500)
 DROPOUT = 0.1  # share of captions emptied: they train v(null, g)
 GUIDANCE = (1.0, 5.0)  # the guidance of eq. (3) is drawn from this interval
 CLIP = 1.0  # largest norm of a gradient
@@ -86,20 +87,26 @@ DEEPER = {"flux-vae-toy": "dc-ae-f32c32-toy", "dc-ae-f32c32-toy": "dc-ae-f64c128
 # ---- objective
 
 
+def pooled_embedding(base: nn.Module, base_latents: Tensor, grid: Sequence[int]) -> Tensor:
+    """The target (B, N, D) of eq. (1): the base's embedding, averaged to a grid of N tokens."""
+    base_grid = [n // base.patch_size for n in base_latents.shape[2:]]
+    embedding = base.embed(base_latents).mT.unflatten(2, base_grid)  # (B, D, h, w)
+    return F.adaptive_avg_pool2d(embedding, grid).flatten(2).mT
+
+
 def alignment_loss(
     model: nn.Module, base: nn.Module, latents: Tensor, base_latents: Tensor
 ) -> tuple[Tensor, Tensor]:
     """eq. (1), and its target (B, N, D)."""
-    grid = [n // base.patch_size for n in base_latents.shape[2:]]
-    target = base.embed(base_latents).mT.unflatten(2, grid)  # (B, D, h, w) in base tokens
-    target = F.adaptive_avg_pool2d(target, latents.shape[2:]).flatten(2).mT  # (B, N, D)
+    target = pooled_embedding(base, base_latents, latents.shape[2:])
     return F.mse_loss(model.embed(latents), target), target
 
 
 def recovered_velocity(model: nn.Module, noisy: Tensor, batch: Batch) -> Tensor:
     """eq. (3): the conditional velocity (B, C, h, w) of a guidance-distilled model."""
     with torch.no_grad():
-        without = model(noisy, batch.timestep, *batch.null_cond, batch.guidance).float()
+        one = torch.ones_like(batch.guidance)
+        without = model(noisy, batch.timestep, *batch.null_cond, one).float()
     with_text = model(noisy, batch.timestep, *batch.cond, batch.guidance).float()
     g = batch.guidance[:, None, None, None]
     return (with_text + (g - 1) * without) / g
@@ -124,8 +131,7 @@ def transplant(base: nn.Module, latent_channels: int, position_stride: int = 1) 
     """The base with a new embedder and head for `latent_channels`; all between them is shared.
 
     The head starts at zero: a model that predicts nothing is better than one that predicts noise.
-    Its modulation is the base's. Embedder and head are in fp32, whatever the base is: they train.
-    FLUX's patch size follows from the channels: 2 for its own 16, else 1 (models/flux.py).
+    Embedder and head are in fp32, whatever the base is: they train. A new token is one latent.
     position_stride: base tokens a side between two new tokens, for the positions of FLUX.
     """
     changed = {"in_channels": latent_channels, "out_channels": None}
@@ -143,18 +149,21 @@ def transplant(base: nn.Module, latent_channels: int, position_stride: int = 1) 
     for name, child in base.named_children():
         if child is base.embedder or not [*child.parameters()]:
             continue  # the new embedder stays; positions follow the new config
-        if child is base.head:
-            child = copy.deepcopy(child).float()
+        if child is base.head:  # its modulation stays the base's
+            child = copy.deepcopy(child)
             child.linear = linear
         setattr(model, name, child)
     return model
 
 
 def choose_trained(model: nn.Module) -> None:
-    """The embedder and the head are trained, all else is frozen."""
+    """The embedder and the head's linear layer are trained, all else is frozen.
+
+    The head's modulation too: at 12 B it has 100 times their parameters, and nothing to learn.
+    """
     model.requires_grad_(False)
     model.embedder.requires_grad_(True)
-    model.head.requires_grad_(True)
+    model.head.linear.requires_grad_(True)
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
@@ -179,7 +188,9 @@ def draw_batch(
     mine = slice(runs.rank(), None, runs.world())  # this process's share
     latents = pictures.latents[rows[mine]].float()
     timestep = torch.randn(size, generator=generator).sigmoid()  # logit-normal
-    timestep = sample.shifted(timestep, spec.shift)  # by the ratio that sampling uses
+    *_, channels, height, width = latents.shape
+    ratio = sample.shift_of(spec, height * width, channels)  # that of sampling, at this size
+    timestep = sample.shifted(timestep, ratio)
     noise = torch.randn(size, *latents.shape[1:], generator=generator)
     guidance = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * torch.rand(size, generator=generator)
     dropped = torch.rand(size, generator=generator) < (DROPOUT if held_out is None else 0)
@@ -225,34 +236,29 @@ def takes_guidance(model: nn.Module) -> bool:
     return model.config["guidance_embeds"]
 
 
-def train_embedder(model: nn.Module, base: nn.Module, pictures: Dataset, config: Config) -> None:
-    """Stage 1: the embedder alone, by eq. (1). No block runs."""
-    parameters = [*model.embedder.parameters()]
-    optimizer = torch.optim.AdamW(parameters, **ADAMW, fused=parameters[0].is_cuda)
-    names = dict(model.embedder.named_parameters())
-    run = runs.Run("align-1", names, optimizer, config, pictures.key)
-    mine = slice(runs.rank(), None, runs.world())
-    for step in run.steps(config.embed_steps):
-        generator = torch.Generator("cpu").manual_seed(config.seed * 1_000_003 + step)
-        rows = pictures.draw(config.embed_batch, generator)
-        loss = torch.zeros((), device=run.device)
-        for part in rows[mine].split(config.micro_batch or len(rows)):
-            latents = pictures.latents[part].float().to(run.device)
-            base_latents = pictures.base_latents[part].float().to(run.device)
-            part_loss, _ = alignment_loss(model, base, latents, base_latents)  # eq. (1)
-            part_loss = part_loss * (len(part) / len(rows))
-            part_loss.backward()
-            loss += part_loss.detach()
-        runs.sum_over_gpus(loss, parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, math.inf)  # not clipped: for the record
-        lr = cosine(step, config.embed_steps, 10 * config.lr)
-        if run.is_finite(loss, norm, pictures.names_of(rows)):
-            optimizer.param_groups[0]["lr"] = lr
-            optimizer.step()
-            run.update_average()
-        optimizer.zero_grad()
-        run.log(loss=loss, lr=lr, norm=norm)
-    run.done()
+@runs.measuring()
+def solve_embedder(model: nn.Module, base: nn.Module, pictures: Dataset, config: Config) -> None:
+    """Stage 1, the embedder alone: where the gradient of eq. (1) is zero. No block runs.
+
+    With a row [latent, 1] of X for each token, and its target as that of Y:
+    [weight, bias]^T = (X^T X)^-1 X^T Y. Both sums have a size that the data does not change.
+    """
+    weight, bias = model.embedder.parameters()
+    n, mine = weight[0].numel() + 1, slice(runs.rank(), None, runs.world())
+    xx, xy = torch.zeros(n, n).double(), torch.zeros(n, len(weight)).double()
+    for rows in pictures.trained:
+        for part in tqdm(rows[mine].split(config.micro_batch or 64), "align-1", leave=False):
+            latents = pictures.latents[part].float()
+            base_latents = pictures.base_latents[part].float().to(weight.device)
+            y = pooled_embedding(base, base_latents, latents.shape[2:]).flatten(0, 1)  # (B N, D)
+            x = F.pad(latents.flatten(2).mT.flatten(0, 1), (0, 1), value=1.0).double()
+            xx += x.mT @ x
+            xy += x.mT @ y.cpu().double()
+    xx, xy = (runs.sum_of_all(total, weight.device) for total in (xx, xy))
+    ridge = 1e-6 * xx.diagonal().mean() * torch.eye(n)  # for channels that never change
+    solution = torch.linalg.solve(xx + ridge, xy)
+    weight.copy_(solution[:-1].mT.view_as(weight))
+    bias.copy_(solution[-1])
 
 
 def train_head(
@@ -266,7 +272,7 @@ def train_head(
     parameters = [*trained(model).values()]
     groups = [{"params": parameters, "scale": 1.0}]  # scale: of the learning rate
     optimizer = torch.optim.AdamW(groups, **ADAMW, fused=parameters[0].is_cuda)
-    run = runs.Run("align-2", trained(model), optimizer, config, pictures.key)
+    run = runs.Run("align", trained(model), optimizer, config, pictures.key)
     recover = takes_guidance(model)
     loss_of = runs.compiled(flow_loss, config, run.device, spec.is_toy)
     batch_of = data.ahead(lambda step: draw_batch(pictures, config, spec, step), run.device)
@@ -371,11 +377,38 @@ def compare_autoencoders(
 
 def main() -> None:
     config = parse_config(Config, __doc__, defaults=registry.for_official(LARGE))
+    if config.ablation not in ("", "random"):
+        raise UserError(f"--ablation {config.ablation!r}: wanted random")
     device = runs.start(config.device)
     config = replace(config, out=str(runs.folder_of(config)))
+    parts = plan(config)
     with runs.locked(Path(config.out)):
-        align(config, device)
+        align(config, config.data or draw_pictures(config, *parts[:2], device), parts, device)
     runs.finish()
+
+
+def draw_pictures(config: Config, base_spec: Spec, spec: Spec, device: torch.device) -> str:
+    """The folder of the pictures that the base draws of --prompts. Those that are there stay."""
+    folder, prompts = Path(config.out) / "drawn", config.prompts
+    if not prompts and not spec.is_toy:
+        raise UserError("--data and --prompts are missing: wanted pictures, or what is to be drawn")
+    if not prompts:
+        prompts = str(folder / "prompts.txt")
+        lines = "\n".join(toy.prompts_of_all(config.scenes))
+        runs.on_first(lambda: write_whole(Path(prompts), lambda file: file.write_text(lines)))
+    dtype = runs.frozen_dtype(config.dtype, device, spec.is_toy)
+    # A second-order solver needs half the calls of Euler for the same pictures (sample.py).
+    spec = replace(base_spec, solver="ab2", steps=max(base_spec.steps // 2, 6))
+    wanted = sample.Config(
+        model=config.model, prompts=prompts, size=f"{spec.size}x{spec.size}", out=str(folder),
+        steps=spec.steps, guidance=spec.guidance, solver=spec.solver, weights=config.weights,
+        batch_size=64 if spec.is_toy else 1, device=device.type, dtype=str(dtype)[6:],
+    )  # fmt: skip
+    mine = sample.read_jobs(wanted)[runs.rank() :: runs.world()]
+    if missing := [job for job in mine if not sample.is_made(job)]:
+        sample.draw_pictures(wanted, spec, missing, device, dtype)
+    runs.wait_for_all()
+    return str(folder)
 
 
 def plan(config: Config) -> tuple[Spec, Spec, list[int], int]:
@@ -385,15 +418,15 @@ def plan(config: Config) -> tuple[Spec, Spec, list[int], int]:
     UserError: parts that do not fit, or a --model that is no base.
     """
     base_spec = registry.describe(config.model)
-    if base_spec.stage:
+    if base_spec.stage not in ("", "merged"):
         raise UserError(
             f"--model {config.model} is a run of ours, which needs its base: wanted a full "
             f"model, such as the transformer that `python lora.py --export diffusers` writes"
         )
-    if base_spec.schedule == "anyflow":
+    if base_spec.schedule in ("anyflow", "schnell"):
         raise UserError(
-            f"--model {config.model} is distilled to few steps, by an objective that is not here "
-            f"(AnyFlow, arXiv 2605.13724): wanted the model that it was made of"
+            f"--model {config.model} is distilled to few steps, which flow matching would undo: "
+            f"wanted the model that it was made of, or another of many steps"
         )
     name = config.autoencoder or DEEPER.get(base_spec.autoencoder)
     if not name:
@@ -406,9 +439,15 @@ def plan(config: Config) -> tuple[Spec, Spec, list[int], int]:
     size = config.resolution or base_spec.size
     pixels = [old.stride * base.patch_size, new.stride]
     runs.check_flags(config, size, pixels)
-    tokens = (size // new.stride) ** 2
-    shift = config.shift or sample.shift_of(base_spec, tokens, new.latent_channels)
-    spec = replace(base_spec, autoencoder=name, size=size, shift=shift)
+    if new.config["scaling_factor"] is None:
+        raise UserError(
+            f"{name} has no published scaling factor: wanted a folder of its weights, and in its "
+            f"config.json 1 / the standard deviation of latents, which dcae.py prints of a picture"
+        )
+    spec = replace(base_spec, autoencoder=name, size=size, shift=config.shift or base_spec.shift)
+    if spec.schedule == "flux":  # DC-Gen's own for these channels, a ratio for each size
+        own = registry.describe_flux(new.latent_channels, is_guided=True, is_map=False)
+        spec = replace(spec, schedule=own.schedule)
     # The toy's base knows one resolution: a new token sits amid the base tokens that it covers.
     # Official bases know many, and positions stay as they are, as in the paper: spread over 4096
     # pixels they would run to 254, and FLUX.1, trained up to 2 megapixels, knows some 90 a side.
@@ -416,15 +455,16 @@ def plan(config: Config) -> tuple[Spec, Spec, list[int], int]:
     return base_spec, spec, pixels, stride * base.config.get("position_stride", 1)
 
 
-def align(config: Config, device: torch.device) -> None:
+def align(
+    config: Config, folder: str, parts: tuple[Spec, Spec, list[int], int], device: torch.device
+) -> None:
+    """parts: of `plan`. folder: of the pictures."""
     torch.manual_seed(config.seed)
-    base_spec, spec, pixels, position_stride = plan(config)
+    base_spec, spec, pixels, position_stride = parts
     dtype, out = runs.frozen_dtype(config.dtype, device, spec.is_toy), Path(config.out)
     names = (base_spec.autoencoder, spec.autoencoder)
     encoders = [sample.latent_encoder(name, config.weights, device, dtype) for name in names]
-    source = data.open_source(
-        config.data, config.scenes, config.seed, spec.size, math.lcm(*pixels), out, device
-    )
+    source = data.open_source(folder, spec.size, math.lcm(*pixels), out)
     pictures = data.prepare(source, encoders, spec, config.weights, out / "cache", device, dtype)
 
     base = registry.load_transformer(base_spec, config.weights, device, dtype)
@@ -444,14 +484,16 @@ def align(config: Config, device: torch.device) -> None:
         psnr = compare_autoencoders(pictures, images, old, new, out / "autoencoders.png")
 
     losses = {"start": held_out_loss(model, pictures, config, spec)}
-    train_embedder(model, base, pictures, config)
+    if config.ablation != "random":
+        solve_embedder(model, base, pictures, config)
     share = explained(model, base, pictures, config)
     losses["embedder"] = held_out_loss(model, pictures, config, spec)
     train_head(model, pictures, config, spec, watcher(model, new, spec, pictures, config))
     losses["aligned"] = held_out_loss(model, pictures, config, spec)
 
     saved = out / "align.safetensors"
-    runs.save_last(saved, trained(model), runs.header(config, "align", spec, model, config.steps))
+    told = replace(config, data=folder)
+    runs.save_last(saved, trained(model), runs.header(told, "align", spec, model, config.steps))
     if runs.rank() > 0:
         return
     models = {"base": (base_spec, base, old), "aligned": (spec, model, new)}

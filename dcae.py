@@ -313,12 +313,12 @@ class DCAE(nn.Module):
         encoder_out_shortcut: bool = True,
         decoder_in_shortcut: bool = True,
         decoder_conv_act_fn: str = "relu",
-        scaling_factor: float = 1.0,
+        scaling_factor: float | None = 1.0,  # None: not known, and a transformer needs it
     ):
         config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
         self.config = config
-        self.latent_channels, self.scaling_factor = latent_channels, scaling_factor
+        self.latent_channels, self.scaling_factor = latent_channels, scaling_factor or 1.0
         self.stride = 2 ** (len(encoder_block_out_channels) - 1)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
@@ -383,7 +383,7 @@ def family_1_0(latent_channels: int, widths: list[int], scaling_factor: float) -
     }
 
 
-def family_1_5(widths: list[int], scaling_factor: float) -> dict:
+def family_1_5(widths: list[int], scaling_factor: float | None) -> dict:
     """No attention, and no shortcut around the latent: training puts its channels in order."""
     depths = [0, 5, 10] + [4] * (len(widths) - 3)
     scales = [[]] * len(widths)  # diffusers reads them unasked
@@ -429,8 +429,7 @@ PRESETS = {
     "dc-ae-f32c32-sana-1.0": official(MIT + "f32c32-sana-1.0", SANA),
     "dc-ae-f32c32-sana-1.1": official(MIT + "f32c32-sana-1.1", SANA),
     "dc-ae-lite-f32c32-sana-1.1": official("dc-ai/dc-ae-lite-f32c32", SANA_LITE),
-    # 1.0 stands in for a scaling factor that is published nowhere: encode, decode undo it.
-    "dc-ae-f32c128-1.5": official("dc-ai/dc-ae-f32c128-1.5", family_1_5(F32, 1.0)),
+    "dc-ae-f32c128-1.5": official("dc-ai/dc-ae-f32c128-1.5", family_1_5(F32, None)),
     "dc-ae-f64c128-1.5": official("dc-ai/dc-ae-f64c128-1.5", family_1_5([*F32, 1024], 0.5935)),
 }
 
@@ -590,6 +589,7 @@ def main() -> None:
         "psnr": round(psnr(image, decoded), 2),
         "ssim": round(ssim(image, decoded), 4) if min(height, width) >= 11 else None,
         "latents": list(latents.shape[1:]),
+        "latents_std": round(latents.float().std().item(), 4),
         "compression": round(padded.numel() / latents.numel(), 2),
     }
     print(f"saved  {config.out}: original | reconstruction | 4 x difference")

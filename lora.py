@@ -12,7 +12,10 @@ How     y = W x + b + alpha / r * B (A x),   A (r, in) random, B (out, r) zero  
         merges the update (models/weights.py),
             W' = W + alpha / r * B A,                                                          (5)
         into a plain transformer again: it costs nothing when sampling.
-Cost    The toy: seven minutes on two CPU cores. FLUX.1 (12 B) at 1024 x 1024: 48 GiB of a GPU.
+Again   --model runs/x/lora.safetensors, an export of it, or one of the authors' DC-Gen models: the
+        model is moved already, and is trained further as it is, at another --resolution perhaps.
+        The authors train FLUX at 512 x 512 first and at 1024 x 1024 then.
+Cost    The toy: COST on two CPU cores. FLUX.1 (12 B) at 1024 x 1024: 48 GiB of a GPU.
 Saves   runs/<model>/lora.safetensors: A and B of each layer, embedder and head; a --model of
         sample.py. --export writes what other programs open.
 Source  DC-Gen, arXiv 2509.25180 (rank 256, alpha 256 for FLUX); LoRA, arXiv 2106.09685.
@@ -44,22 +47,21 @@ from align import (
 )
 from models import data, export, registry, runs, toy, weights
 from models.data import Dataset
-from models.flux import Modulation
+from models.flux import Flux, Modulation
 from models.registry import Spec
 from models.script import UserError, exit_cleanly, parse_config
 
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "flux-toy"  # the base: a name in registry.MODELS or a path
+    model: str = "flux-toy"  # the base: a name in registry.MODELS or a path; or a moved model
     aligned: str = ""  # align.py's file; "": runs/<model>/align.safetensors
-    data: str = ""  # a folder of images with same-stem .txt captions; "": the toy world
+    data: str = ""  # images with same-stem .txt captions; "": what align.py saw
     weights: str = ""  # a folder to look in instead of the hub
     resolution: int = 0  # pixels, height = width; 0: as aligned
-    scenes: int = 3072  # toy pictures to draw when there is no data
     rank: int = 64  # of each LoRA
     ablation: str = ""  # full: train all weights instead; plain: flow matching without eq. (3)
-    steps: int = 2000
+    steps: int = 3000
     lr: float = 4e-3  # cosine to zero; at 2e-2 the toy diverges
     batch_size: int = 32  # of all GPUs together
     micro_batch: int = 0  # pictures a GPU takes at once; 0: its share of the batch
@@ -70,13 +72,13 @@ class Config:
     seed: int = 0
     device: str = ""  # "": cuda, then mps, then cpu
     dtype: str = ""  # of frozen weights and encoders: fp32, bf16; "": fp32 for toys and on a CPU
-    out: str = ""  # "": runs/<model>
+    out: str = ""  # "": runs/<model>, of a moved one runs/<model>-2
 
 
 # For official models, unless flags say otherwise. The rank is the paper's, the rest is customary.
 LARGE = dict(rank=256, steps=10_000, lr=1e-4, micro_batch=2, save_every=500)
 HEAD_SCALE = 3.0  # learning rate of embedder and head over --lr, on the toy
-FIRST_BATCH = 1_000_000  # other batches than those of stage 2
+FIRST_BATCH = 500_000  # other batches than those of stage 2, of this seed and the next
 
 
 # ---- model
@@ -133,7 +135,22 @@ def choose_trained(model: nn.Module, config: Config) -> None:
     model.requires_grad_(False)
     add_lora(model, config.rank, alpha=config.rank)
     model.embedder.requires_grad_(True)
-    model.head.requires_grad_(True)
+    model.head.linear.requires_grad_(True)
+
+
+def joined(first: weights.Checkpoint, second: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One LoRA that adds what two add, at alpha = r: A of both below, B of both beside each other.
+
+    So a model that was trained twice is still its base and one file.
+    """
+    tensors = {name: first.get(name) for name in first.shapes} | second
+    for name in first.shapes:
+        if name.endswith("lora_A"):
+            up = name.removesuffix("A") + "B"
+            scale = first.alpha / first.shapes[name][0]
+            tensors[name] = torch.cat([first.get(name), second[name]])
+            tensors[up] = torch.cat([scale * first.get(up), second[up]], 1)
+    return tensors
 
 
 # ---- train
@@ -141,7 +158,7 @@ def choose_trained(model: nn.Module, config: Config) -> None:
 
 def groups(model: nn.Module, spec: Spec) -> list[dict]:
     """AdamW's groups: blocks, then embedder and head, which on the toy have further to go."""
-    outer = [*model.embedder.parameters(), *model.head.parameters()]
+    outer = [*model.embedder.parameters(), *model.head.linear.parameters()]
     inner = [p for p in trained(model).values() if not any(p is other for other in outer)]
     scale = HEAD_SCALE if spec.is_toy else 1.0  # of the learning rate
     return [{"params": inner, "scale": 1.0}, {"params": outer, "scale": scale}]
@@ -199,10 +216,22 @@ def main() -> None:
     if config.ablation not in ("", "full", "plain"):
         raise UserError(f"--ablation {config.ablation!r}: wanted full or plain")
     device = runs.start(config.device)
-    aligned = find_aligned(config)
+    start = config.model if is_moved(config) else str(find_aligned(config))
     with runs.locked(Path(config.out)):
-        finetune(config, aligned, device)
+        finetune(config, start, device)
     runs.finish()
+
+
+def is_moved(config: Config) -> bool:
+    """Has --model its new latent space already? UserError: yes, and --aligned is given."""
+    spec, model, _ = sample.load_pipeline(config.model, "", config.weights, "meta")
+    own = 16 if isinstance(model, Flux) else 32  # channels of the latents that FLUX, SANA came with
+    moved = spec.stage in ("lora", "merged") or model.latent_channels != own
+    if moved and config.aligned:
+        raise UserError(f"--aligned and {config.model}, which is moved already: leave one out")
+    if spec.stage in ("align", "quant") or spec.schedule == "anyflow":
+        raise UserError(f"--model {config.model}: wanted a base, or a moved model that can train")
+    return moved
 
 
 def find_aligned(config: Config) -> Path:
@@ -221,36 +250,43 @@ def find_aligned(config: Config) -> Path:
     return path
 
 
-def load_aligned(
-    path: Path, folder: str, device: torch.device, dtype: torch.dtype
+def load_start(
+    start: str, folder: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[Spec, nn.Module, nn.Module]:
     """(Spec, transformer, autoencoder). Embedder and head are trained, so they are in fp32."""
-    spec, model, autoencoder = sample.load_pipeline(str(path), "", folder, device, dtype)
+    spec, model, autoencoder = sample.load_pipeline(start, "", folder, device, dtype)
     model.embedder.float()
-    model.head.float()
-    aligned = weights.open_checkpoint(path)
-    for name in aligned.shapes:
-        model.get_parameter(name).data.copy_(aligned.get(name))
+    model.head.linear.float()
+    if spec.stage in ("align", "lora"):  # as they were trained, which `dtype` may have rounded
+        checkpoint = registry.open_run(spec, folder)
+        for part in (model.embedder, model.head.linear):
+            names = {id(p): name for name, p in model.named_parameters()}
+            for p in part.parameters():
+                p.data.copy_(checkpoint.get(names[id(p)]))
     return spec, model, autoencoder
 
 
-def finetune(config: Config, aligned: Path, device: torch.device) -> None:
+def finetune(config: Config, start: str, device: torch.device) -> None:
+    """start: align.py's file, or a moved model."""
     torch.manual_seed(config.seed)
-    spec = registry.describe(str(aligned))
+    spec = registry.describe(start)
+    run = registry.open_run(spec, config.weights) if spec.stage in ("align", "lora") else None
+    header = run.metadata if run else {}
     spec = replace(spec, size=config.resolution or spec.size)
     dtype, out = runs.frozen_dtype(config.dtype, device, spec.is_toy), Path(config.out)
     stride = sample.load_autoencoder(spec.autoencoder, config.weights, "meta", dtype).stride
     runs.check_flags(config, spec.size, [stride])
+    folder = config.data or json.loads(header.get("command", "{}")).get("data")
+    if not folder:
+        raise UserError("--data is missing: wanted a folder of pictures with captions")
     encoder = sample.latent_encoder(spec.autoencoder, config.weights, device, dtype)
-    source = data.open_source(
-        config.data, config.scenes, config.seed, spec.size, stride, out, device
-    )
+    source = data.open_source(folder, spec.size, stride, out)
     pictures = data.prepare(source, [encoder], spec, config.weights, out / "cache", device, dtype)
-    # Progress on these pictures from another aligned file is another run's.
-    key = data.digest(pictures.key, data.file_digest(aligned))
-    pictures = replace(pictures, key=key)
+    # Progress on these pictures from another start is another run's.
+    origin = data.file_digest(run.path) if run else start
+    pictures = replace(pictures, key=data.digest(pictures.key, origin))
 
-    _, model, autoencoder = load_aligned(aligned, config.weights, device, dtype)
+    _, model, autoencoder = load_start(start, config.weights, device, dtype)
     choose_trained(model, config)
     runs.ready_blocks(model.blocks, device, spec.is_toy)
     kind = "all weights" if config.ablation == "full" else f"rank {config.rank}"
@@ -262,18 +298,23 @@ def finetune(config: Config, aligned: Path, device: torch.device) -> None:
     curve = train(model, pictures, config, spec, watch)
 
     saved = out / "lora.safetensors"
-    # A run's file names the base, and adds its own facts.
-    own = dict(autoencoder=spec.autoencoder, shift=spec.shift, size=spec.size)
-    base_spec = replace(registry.describe(config.model), **own)
-    header = runs.header(config, "lora", base_spec, model, config.steps)
     tensors = {name: p.to(dtype) for name, p in trained(model).items()}  # as what it joins
-    runs.save_last(saved, tensors, header | {"alpha": str(float(config.rank))})
+    if spec.stage == "lora" and config.ablation != "full":
+        tensors = joined(run, tensors)
+    # A run's file names the base, and adds its own facts.
+    own = dict(autoencoder=spec.autoencoder, schedule=spec.schedule, shift=spec.shift)
+    base_spec = replace(registry.describe(header.get("base", start)), size=spec.size, **own)
+    told = replace(config, data=folder)
+    notes = runs.header(told, "lora", base_spec, model, config.steps)
+    alpha = max((len(t) for name, t in tensors.items() if name.endswith("lora_A")), default=1)
+    runs.save_last(saved, tensors, notes | {"alpha": str(float(alpha))})
     if runs.rank() > 0:
         return
     name = "+ full" if config.ablation == "full" else "+ LoRA"
     models = {name: (spec, model, autoencoder)}
     if spec.is_toy and config.per_task:  # loaded as a user will
-        paths = {"base": config.model, "aligned": str(aligned), name: str(saved)}
+        before = {"base": config.model, "aligned": start}
+        paths = (before if spec.stage == "align" else {"before": start}) | {name: str(saved)}
         models = {n: sample.load_pipeline(p, "", config.weights, device) for n, p in paths.items()}
     scores, images, captions = sample.show_and_score(models, config.per_task, pictures)
     sample.save_sheet(out / "lora.png", images, captions)

@@ -522,8 +522,24 @@ def latent_encoder(
     """An autoencoder for the latent cache, which loads it only if there is work for it."""
     checkpoint, config = open_autoencoder(source, folder)
     identity = data.digest(data.file_digest(checkpoint.path), checkpoint.config or config)
-    load = functools.partial(load_autoencoder, source, folder, device, dtype)
+
+    def load() -> Callable[[Tensor], Tensor]:
+        return functools.partial(encode, load_autoencoder(source, folder, device, dtype))
+
     return data.LatentEncoder(identity, load, device, dtype)
+
+
+@torch.no_grad()
+def encode(autoencoder: nn.Module, images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) -> latents (B, C, h, w); in tiles if memory is short, as `decode`."""
+    latents = None
+    if images.is_cuda or images[0, 0].numel() <= dcae.TILES_ABOVE:
+        with suppress(torch.OutOfMemoryError):
+            latents = autoencoder.encode(images)
+    if latents is None:
+        torch.cuda.empty_cache()
+        latents = torch.cat([dcae.tiled_encode(autoencoder, one) for one in images.split(1)])
+    return latents
 
 
 def encode_text(
@@ -824,12 +840,13 @@ def main() -> None:
         jobs = [job for job in jobs if not is_made(job)]
     if not jobs:
         return print(json.dumps({"stage": "sample", "files": []}))
-    draw_pictures(config, spec, jobs, device, dtype)
+    print(json.dumps(draw_pictures(config, spec, jobs, device, dtype)))
 
 
 def draw_pictures(
     config: Config, spec: Spec, jobs: list[Config], device: torch.device, dtype: torch.dtype
-) -> None:
+) -> dict:
+    """Draw and write the pictures of these jobs. The figures of the last line."""
     attention_name, attend = pick_attention(config.attention, device, dtype)
     parts, seconds = (config.model, config.autoencoder, config.weights), {}
     _, transformer, autoencoder = load_pipeline(*parts, "meta")  # does it fit, before it is read
@@ -867,7 +884,7 @@ def draw_pictures(
     figures |= {"tokens": tokens, "seconds": seconds, "files": [job.out for job in jobs]}
     if device.type == "cuda":
         figures["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
-    print(json.dumps(figures))
+    return figures
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from models import runs, text, toy
@@ -345,7 +345,6 @@ class CachedRows:
 
 
 Rows = Tensor | CachedRows
-Source = ImageFolder | toy.RenderedScenes  # captions, sizes, hashes, names, a key, images(rows)
 
 
 @dataclass(frozen=True)
@@ -353,12 +352,12 @@ class LatentEncoder:
     """An autoencoder that is loaded only if there is something to encode."""
 
     identity: str  # the digest of its weights and config
-    load: Callable[[], nn.Module]
+    load: Callable[[], Callable[[Tensor], Tensor]]  # its encode: images -> latents
     device: torch.device
     dtype: torch.dtype
 
 
-def encode_pictures(source: Source, encoder: LatentEncoder, cache: Path) -> Rows:
+def encode_pictures(source: ImageFolder, encoder: LatentEncoder, cache: Path) -> Rows:
     """Latents (n, C, h, w) of all pictures. Each process encodes a share of what is missing."""
     folder = cache / digest("latents", encoder.identity, str(encoder.dtype))
     names = [digest(sha256, size) for sha256, size in zip(source.hashes, source.sizes)]
@@ -366,11 +365,11 @@ def encode_pictures(source: Source, encoder: LatentEncoder, cache: Path) -> Rows
     most = CPU_PIXELS if encoder.device.type == "cpu" else BATCH_PIXELS
     batches = in_batches(source.sizes, cached.missing(), most)
     if batches := batches[runs.rank() :: runs.world()]:
-        model = encoder.load()
+        encode = encoder.load()
         images = ahead(lambda i: source.images(batches[i]), encoder.device)
         for i, rows in enumerate(tqdm(batches, "encode", leave=False, unit="batch")):
             pixels = images(i).to(encoder.device, encoder.dtype)
-            latents = encode_rows(model, pixels, [source.names[row] for row in rows])
+            latents = encode_rows(encode, pixels, [source.names[row] for row in rows])
             cached.write({names[row]: one for row, one in zip(rows, latents)})
     return CachedRows(folder, names).loaded()
 
@@ -386,10 +385,9 @@ def in_batches(sizes: Sequence[Size], rows: Sequence[int], pixels: int) -> list[
     return batches
 
 
-@torch.no_grad()
-def encode_rows(model: nn.Module, images: Tensor, names: list[str]) -> Tensor:
+def encode_rows(encode: Callable[[Tensor], Tensor], images: Tensor, names: list[str]) -> Tensor:
     """Latents (B, C, h, w) of these images, on the CPU. UserError: one holds NaN or Inf."""
-    latents = model.encode(images).cpu()
+    latents = encode(images).cpu()
     finite = latents.isfinite().flatten(1).all(1).tolist()
     if not all(finite):
         bad = names[finite.index(False)]
@@ -481,28 +479,21 @@ class Dataset:
         return group[torch.randint(len(group), (size,), generator=generator)]
 
 
-def open_source(
-    folder: str, scenes: int, seed: int, size: int, factor: int, out: Path, device: torch.device
-) -> Source:
-    """The user's pictures, or so many scenes of the toy world if no folder is named."""
-    if folder:
-        source = runs.on_first(lambda: open_folder(folder, size, factor, out / "scan.json"))
-        # In the order of their hashes the last pictures, which are held out, are a fair sample.
-        order = sorted(range(len(source)), key=source.hashes.__getitem__)
-        columns = ("files", "captions", "sizes", "hashes")
-        source = replace(source, **{c: [getattr(source, c)[i] for i in order] for c in columns})
-        print(describe(source))
-    elif size != toy.SIZE:
-        raise UserError(f"--resolution {size}: scenes have {toy.SIZE}; pictures need --data")
-    else:
-        source = toy.RenderedScenes(scenes, seed=1000 + seed, device=device)
+def open_source(folder: str, size: int, factor: int, out: Path) -> ImageFolder:
+    """The pictures of a folder, in the order in which the last ones are held out."""
+    source = runs.on_first(lambda: open_folder(folder, size, factor, out / "scan.json"))
+    # In the order of their hashes the last pictures are a fair sample.
+    order = sorted(range(len(source)), key=source.hashes.__getitem__)
+    columns = ("files", "captions", "sizes", "hashes")
+    source = replace(source, **{c: [getattr(source, c)[i] for i in order] for c in columns})
+    print(describe(source))
     if len(source) < FEWEST:
-        raise UserError(f"{len(source)} pictures: --data or --scenes of at least {FEWEST}")
+        raise UserError(f"{len(source)} pictures in {folder}: wanted at least {FEWEST}")
     return source
 
 
 def prepare(
-    source: Source,
+    source: ImageFolder,
     encoders: Sequence[LatentEncoder],
     spec: Spec,
     folder: str,  # the user's --weights, where text encoders are looked for

@@ -144,7 +144,7 @@ def write_transformer(model: nn.Module, run: Checkpoint, folder: Path) -> list[P
 
 def diffusers_config(model: nn.Module, run: Checkpoint) -> dict:
     """diffusers' keys, and under `_dc_gen`, which diffusers skips, what sample.py needs."""
-    kept = ("base", "autoencoder", "shift", "size")
+    kept = ("base", "autoencoder", "schedule", "shift", "size")
     facts = {key: run.metadata[key] for key in kept if key in run.metadata}
     config = dict(model.config)
     facts["position_stride"] = config.pop("position_stride", 1)

@@ -31,7 +31,8 @@ class Spec:
     guidance: float
     size: int  # pixels a side
     shift: float | None = None  # replaces the schedule's ratio r
-    stage: str = ""  # "": full weights; align | lora: trained on top of a base; quant: complete
+    # "": a model of others; align | lora: a run on top of a base; merged, quant: a complete one
+    stage: str = ""
 
     @property
     def is_toy(self) -> bool:
@@ -156,9 +157,13 @@ def describe_weights(path: Path) -> Spec:
         if header.get("stage") == "quant":  # complete without its base
             return Spec(**json.loads(header["spec"]) | {"transformer": str(path), "stage": "quant"})
         if run:
-            kinds = {"shift": float, "size": int}  # older runs lack the size: the base's holds
+            kinds = {
+                "schedule": str,
+                "shift": float,
+                "size": int,
+            }  # older runs lack the size: the base's holds
             own = {name: kind(run[name]) for name, kind in kinds.items() if name in run}
-            own |= {"transformer": str(path), "stage": run.get("stage", "")}
+            own |= {"transformer": str(path), "stage": run.get("stage", "merged")}
             return replace(describe(run["base"], run["autoencoder"]), **own)
     except (KeyError, ValueError, TypeError) as error:
         lack = f"its base or autoencoder is not found ({error})"
@@ -191,6 +196,12 @@ def load_transformer(
         return nvfp4.load(spec.transformer, device, dtype)
     cls = sana.Sana if spec.uses_cfg else flux.Flux
     return cls.from_pretrained(spec.transformer, device, dtype, weights=folder or None).eval()
+
+
+def open_run(spec: Spec, folder: str) -> weights.Checkpoint:
+    """The file of a run: what it trained, and its header."""
+    path, _ = weights.locate(spec.transformer, flux.PRESETS | sana.PRESETS, folder or None)
+    return weights.open_checkpoint(path)
 
 
 def text_source(spec: Spec, folder: str) -> str:

@@ -99,6 +99,14 @@ def over_gpus(value: float, device: torch.device, op: dist.ReduceOp = dist.Reduc
     return box.item()
 
 
+def sum_of_all(total: Tensor, device: torch.device) -> Tensor:
+    """The sum of `total`, on the CPU, over processes."""
+    if world() > 1:
+        total = total.to(device)
+        dist.all_reduce(total)
+    return total.cpu()
+
+
 def sum_over_gpus(loss: Tensor, parameters: Iterable[Tensor]) -> None:
     """In place: the loss and the gradients become those of the whole batch, on every GPU."""
     if world() > 1:
@@ -112,8 +120,14 @@ def sum_over_gpus(loss: Tensor, parameters: Iterable[Tensor]) -> None:
 
 
 def folder_of(config) -> Path:
-    """--out, or runs/<model>: the name of a preset, a repository, a folder or a file."""
-    name = Path(config.model).name
+    """--out, or runs/<model>: the name of a preset, a repository, a folder or a file.
+
+    What goes on from runs/x/lora.safetensors, or from an export beside it, is runs/x-2.
+    """
+    path = Path(config.model)
+    path = path.parent if path.name == "transformer" else path  # of a pipeline
+    is_ours = path.stem in ("lora", "diffusers") and path.exists()
+    name = f"{path.absolute().parent.name}-2" if is_ours else path.name
     suffix = next((s for s in weights.SUFFIXES if name.endswith(s)), "")
     return Path(config.out or f"runs/{name.removesuffix(suffix)}")
 
@@ -123,7 +137,7 @@ def check_flags(config, size: int, factors: Sequence[int]) -> None:
 
     factors: pixels a side that one token covers, of the base and of the new model.
     """
-    least = {"batch_size": world(), "embed_batch": world(), "rank": 1, "save_every": 1}
+    least = {"batch_size": world(), "rank": 1, "save_every": 1}
     for name, low in least.items():
         if (value := getattr(config, name, low)) < low:
             flag = f"--{name.replace('_', '-')} {value}"
@@ -375,7 +389,7 @@ def header(config, stage: str, spec: Spec, model: nn.Module, step: int) -> dict[
     """What makes a run repeatable. spec: of the base, with the run's autoencoder, shift, size."""
     facts = dict(
         stage=stage, base=spec.transformer, autoencoder=spec.autoencoder, config=model.config,
-        shift=spec.shift, size=spec.size, seed=config.seed, step=step, command=asdict(config),
+        schedule=spec.schedule, shift=spec.shift, size=spec.size, seed=config.seed, step=step, command=asdict(config),
         commit=commit(), torch=torch.__version__,
     )  # fmt: skip
     known = {name: fact for name, fact in facts.items() if fact is not None}

@@ -53,8 +53,9 @@ class AttnBlock(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:  # (B, D, h, w)
         normed = self.norm(hidden)
+        # Rows of D numbers each: for transposed views PyTorch would write the whole (h w)^2 matrix.
         query, key, value = (
-            conv(normed).flatten(2).mT[:, None] for conv in (self.q, self.k, self.v)
+            conv(normed).flatten(2).mT[:, None].contiguous() for conv in (self.q, self.k, self.v)
         )  # (B, 1, h w, D) each
         mixed = F.scaled_dot_product_attention(query, key, value)
         mixed = mixed[:, 0].mT.unflatten(2, hidden.shape[-2:])  # (B, D, h, w)

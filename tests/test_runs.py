@@ -144,7 +144,7 @@ def test_what_is_measured_on_the_way_goes_on_with_the_run(tmp_path):
         newest = sorted(tmp_path.glob("*.progress-*"))[-1]
         newest.rename(newest.with_suffix(".away"))
     newest.with_suffix(".away").rename(newest)
-    run = runs.Run("align-2", align.trained(model), torch.optim.AdamW(model.parameters()), config)
+    run = runs.Run("align", align.trained(model), torch.optim.AdamW(model.parameters()), config)
     assert run.curve("held_out") == [*enumerate(range(8)), (8, 9)]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [*range(9), 8]
@@ -189,7 +189,7 @@ def test_a_signal_during_the_last_save_is_heard(tmp_path, monkeypatch):
 
 
 def test_what_is_trained_is_not_trained_again_for_its_report(tmp_path, monkeypatch, capsys):
-    flags = "--scenes 160 --embed-steps 2 --embed-batch 8 --steps 2 --per-task 1 --device cpu"
+    flags = "--scenes 32 --steps 2 --per-task 1 --device cpu"
     flags = [*flags.split(), "--out", tmp_path]
 
     def interrupted(*_):
@@ -281,7 +281,7 @@ def test_a_folder_is_named_after_the_whole_model():
 
 @pytest.mark.parametrize("script, flags", [
     (align, "--lr nan"), (align, "--steps -1"), (align, "--micro-batch -1"), (lora, "--lr -0.001"),
-    (lora, "--seed -1"), (align, "--save-every 0"), (lora, "--rank 0"), (align, "--embed-batch 0"),
+    (lora, "--seed -1"), (align, "--save-every 0"), (lora, "--rank 0"), (lora, "--batch-size 0"),
     (align, "--batch-size 0"),
 ])  # fmt: skip
 def test_a_flag_that_no_run_can_have_is_refused(tmp_path, monkeypatch, script, flags):
@@ -426,8 +426,7 @@ def test_official_layouts_train_on_a_hostile_folder(tmp_path, monkeypatch, capsy
     out = tmp_path / "run"
     flags = ["--model", tmp_path / kind, "--data", tmp_path / "pictures", "--resolution", 64]
     flags += ["--out", out, "--batch-size", 4, "--steps", 2, "--device", "cpu"]
-    own = ["--autoencoder", tmp_path / "ae", "--embed-steps", 2, "--embed-batch", 4]
-    run_main(align, monkeypatch, capsys, *flags, *own)
+    run_main(align, monkeypatch, capsys, *flags, "--autoencoder", tmp_path / "ae")
     assert {line.split("'")[1] for line in (out / "left_out.txt").read_text().splitlines()} == bad
 
     def fail(*_, **__):
@@ -437,14 +436,17 @@ def test_official_layouts_train_on_a_hostile_folder(tmp_path, monkeypatch, capsy
     monkeypatch.setattr("models.data.encode_rows", fail)
     tuned = run_main(lora, monkeypatch, capsys, *flags, "--rank", 2)
     previews = {file.name for file in (out / "previews").iterdir()}
-    assert previews == {f"{s}-00000{n}.png" for s in ("align-2", "lora") for n in (0, 1)}
+    assert previews == {f"{s}-00000{n}.png" for s in ("align", "lora") for n in (0, 1)}
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in rows if "loss" in row] == [
-        stage for stage in ("align-1", "align-2", "lora") for _ in range(2)
+        stage for stage in ("align", "lora") for _ in range(2)
     ]
     spec, model, _ = sample.load_pipeline(tuned["files"][0])
     assert model.latent_channels == 128 and spec.autoencoder == str(tmp_path / "ae")
     assert model.config.get("position_stride", 1) == 1  # as tools that load an export have it
+    # FLUX's ratio follows the size that is sampled; SANA's is a number.
+    wanted = ("flux", None) if kind == "flux" else ("sana-dpm", 3.0)
+    assert (spec.schedule, spec.shift, spec.size) == (*wanted, 64)
 
 
 def script(*args: str) -> subprocess.CompletedProcess:
@@ -452,8 +454,7 @@ def script(*args: str) -> subprocess.CompletedProcess:
 
 
 def test_torchrun_gives_what_python_gives(tmp_path):
-    flags = ["--scenes", "32", "--per-task", "1", "--embed-steps", "2", "--steps", "2"]
-    flags += ["--batch-size", "4", "--embed-batch", "8", "--device", "cpu"]
+    flags = "--scenes 32 --per-task 1 --steps 2 --batch-size 4 --device cpu".split()
     alone = script("align.py", *flags, "--out", str(tmp_path / "one"))
     assert alone.returncode == 0, alone.stderr
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

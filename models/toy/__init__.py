@@ -11,12 +11,8 @@ How     Objects are signed distances. The scorer thresholds chroma, takes the ne
         rendered post-training scenes never show, so that forgetting can be measured.
 """
 
-import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -187,6 +183,11 @@ def captions(scenes: Scenes, seed: int, held_out: bool = True, uncolored: float 
     return result
 
 
+def prompts_of_all(n: int, held_out: bool = True, uncolored: float = 0.2) -> list[str]:
+    """n captions that name all the base knows, and colours often: what is not named is lost."""
+    return captions(draw_scenes(n, seed=1, held_out=held_out), 1, held_out, uncolored)
+
+
 def relation_of(scenes: Scenes, i: int, first: int, second: int) -> str:
     dx = scenes.x[i, first] - scenes.x[i, second]
     dy = scenes.y[i, first] - scenes.y[i, second]
@@ -259,34 +260,6 @@ def render(scenes: dict[str, Tensor], size: int = SIZE) -> tuple[Tensor, Tensor]
         image = torch.lerp(image, paint[:, k, :, None, None], cover[:, k : k + 1])
     edge = (d.abs().amin(1, keepdim=True) < 2.5).float()
     return image.clamp(0, 1) * 2 - 1, edge
-
-
-class RenderedScenes:
-    """n captioned pictures without held-out concepts; as an ImageFolder of models/data.py."""
-
-    def __init__(self, n: int, seed: int, device: torch.device | str = "cpu"):
-        self.scenes, self.device = draw_scenes(n, seed, held_out=False), device
-        self.captions = captions(self.scenes, seed, held_out=False)
-        self.sizes = [(SIZE, SIZE)] * n
-        self.names = [f"scene {i}" for i in range(n)]
-        # This file's bytes stand for the pixels: an edited world never reuses old latents.
-        content = Path(__file__).read_bytes() + f"{n} scenes, seed {seed}".encode()
-        self.key = hashlib.sha256(content).hexdigest()
-        self.hashes = [f"{self.key} {name}" for name in self.names]
-
-    @cached_property
-    def pixels(self) -> Tensor:
-        """(n, 3, SIZE, SIZE) bytes, rendered on first use, by what a CPU's caches hold."""
-        rows = np.array_split(np.arange(len(self)), math.ceil(len(self) / 16))
-        chunks = (render(on_device(self.scenes[chunk], self.device))[0] for chunk in rows)
-        return torch.cat([((chunk + 1) * 127.5).round().byte() for chunk in chunks])
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def images(self, rows: Sequence[int]) -> Tensor:
-        """(B, 3, SIZE, SIZE) in [-1, 1]."""
-        return self.pixels[torch.as_tensor(np.asarray(rows))].float() / 127.5 - 1
 
 
 def known_words(caption: str) -> str:
