@@ -396,13 +396,14 @@ def draw_pictures(config: Config, base_spec: Spec, spec: Spec, device: torch.dev
         prompts = str(folder / "prompts.txt")
         lines = "\n".join(toy.prompts_of_all(config.scenes))
         runs.on_first(lambda: write_whole(Path(prompts), lambda file: file.write_text(lines)))
-    dtype = runs.frozen_dtype(config.dtype, device, spec.is_toy)
+    dtype, size = runs.frozen_dtype(config.dtype, device, spec.is_toy), spec.size
     # A second-order solver needs half the calls of Euler for the same pictures (sample.py).
     spec = replace(base_spec, solver="ab2", steps=max(base_spec.steps // 2, 6))
+    at_once = 2**23 if device.type == "cuda" else 2**20  # pixels
     wanted = sample.Config(
-        model=config.model, prompts=prompts, size=f"{spec.size}x{spec.size}", out=str(folder),
+        model=config.model, prompts=prompts, size=f"{size}x{size}", out=str(folder),
         steps=spec.steps, guidance=spec.guidance, solver=spec.solver, weights=config.weights,
-        batch_size=64 if spec.is_toy else 1, device=device.type, dtype=str(dtype)[6:],
+        batch_size=max(1, at_once // size**2), device=device.type, dtype=str(dtype)[6:],
     )  # fmt: skip
     mine = sample.read_jobs(wanted)[runs.rank() :: runs.world()]
     if missing := [job for job in mine if not sample.is_made(job)]:
