@@ -68,7 +68,7 @@ class Config:
     ema: float = 0.0  # decay of a moving average, e.g. 0.999, which is then what is saved; 0: none
     per_task: int = 12  # toy prompts of each task to score by; 0: none
     save_every: int = 100  # steps, so that an interrupted run goes on
-    export: str = ""  # diffusers or peft: no training, what these load of a finished run
+    export: str = ""  # no training, a finished run for diffusers | peft
     seed: int = 0
     device: str = ""  # "": cuda, then mps, then cpu
     dtype: str = ""  # of frozen weights and encoders: fp32, bf16; "": fp32 for toys and on a CPU
@@ -332,17 +332,16 @@ def export_run(config: Config) -> None:
     saved = Path(config.out) / "lora.safetensors"
     if not saved.exists():
         raise UserError(f"{saved} is missing: run `python lora.py {runs.same_flags(config)}`")
+    kind, folder = config.export, Path(config.out) / config.export
     spec = registry.describe(str(saved))
     dtype = runs.frozen_dtype(config.dtype or ("" if spec.is_toy else "bf16"), torch.device("cpu"))
-    model = registry.load_transformer(spec, config.weights, "cpu", dtype)
-    files = export.write(config.export, saved, model, Path(config.out) / config.export)
-    stride = model.config.get("position_stride", 1)
-    if stride > 1:
-        print(f"positions: token i sits at {stride} * i + {(stride - 1) / 2:g} (img_ids)")
-    print(f"sample with {spec.autoencoder}, timestep shift {spec.shift:.3g}, {spec.size} pixels")
+    parts = sample.load_pipeline(str(saved), "", config.weights, "cpu", dtype)
+    files = export.write(kind, *parts, folder)
+    base = registry.text_source(spec, config.weights)
+    print(export.how_to(kind, *parts, base, folder))
     print("saved  " + "  ".join(map(str, files)))
     facts = dict(autoencoder=spec.autoencoder, shift=spec.shift, size=spec.size)
-    figures = dict(stage="export", kind=config.export, files=[str(file) for file in files])
+    figures = dict(stage="export", kind=kind, files=[str(file) for file in files])
     print(json.dumps(figures | facts))
 
 

@@ -1,27 +1,22 @@
 """What other programs load of a finished run.
 
-What    diffusers  transformer/ is the merged model, for from_pretrained of
-                   FluxTransformer2DModel or SanaTransformer2DModel.
-                   pytorch_lora_weights.safetensors is the LoRA alone, for load_lora_adapter of
-                   a transformer that has the run's embedder and head.
-        peft       an adapter folder, for PeftModel.from_pretrained of such a transformer.
+What    diffusers    a pipeline's folder: transformer/ (merged), vae/, scheduler/ with the run's
+                     shift and model_index.json; its text encoders are the base's. `how_to` says
+                     how stock diffusers draws with it. pytorch_lora_weights.safetensors is the
+                     LoRA alone, for a transformer that has the run's embedder and head.
+        peft         an adapter folder, for PeftModel.from_pretrained of such a transformer.
         The embedder and the head have other shapes than the base's, so no LoRA can carry them:
         embedder_head.safetensors holds them, for load_state_dict(..., strict=False).
-Clients sample.py and align.py open transformer/ as it is: config.json names base,
-        autoencoder, shift and size under `_dc_gen`. Other clients must be given three facts:
-        autoencoder  AutoencoderDC with the weights that the run was aligned to
-        shift        the run's, where FluxPipeline computes one from the number of tokens
-        positions    in img_ids, token i of a side is at s * i + (s - 1) / 2, s: position_stride
+Clients sample.py and align.py open the folder and its transformer/: config.json names base, autoencoder, shift and size under `_dc_gen`.
         FluxPipeline cuts latents into 2 x 2 patches, and this model has none. To the pipeline,
-        h x w tokens of C channels are 2h x 2w latents of C / 4 channels: vae=None,
-        vae_scale_factor = stride // 2, output_type="latent", then decode (h, w, C) by hand.
-        ComfyUI takes every FLUX for one of 16 channels in 2 x 2 patches and loads none of ours.
+        h x w tokens of C channels are 2h x 2w latents of C / 4 channels.
 How     One layer of ours is several of diffusers with their rows stacked. Each of them gets the
         same A and its own rows of B. B is multiplied by alpha / rank, since loaders may take
         alpha to be the rank.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -29,10 +24,28 @@ from torch import Tensor, nn
 
 from models import flux, sana, weights
 from models.flux import Flux
+from models.registry import Spec
 from models.script import UserError
 from models.weights import Checkpoint
 
 KINDS = ("diffusers", "peft")
+TEXT = {  # the parts of a pipeline that stay the base's
+    "FluxPipeline": dict(
+        text_encoder="CLIPTextModel", tokenizer="CLIPTokenizer",
+        text_encoder_2="T5EncoderModel", tokenizer_2="T5TokenizerFast",
+    ),
+    "SanaPipeline": dict(text_encoder="Gemma2Model", tokenizer="GemmaTokenizerFast"),
+}  # fmt: skip
+DCAE_NAMES = (  # our name -> that of diffusers' AutoencoderDC, rule after rule; back: dcae.py
+    (r"^encoder\.stages", "encoder.down_blocks"),
+    (r"^decoder\.stages", "decoder.up_blocks"),
+    (r"(blocks\.\d+\.\d+)\.(weight|bias)$", r"\1.conv.\2"),  # a step down or up
+    (r"\.mlp\.", ".conv_out."),
+    (r"\.attn\.norm\.", ".attn.norm_out."),
+    (r"\.attn\.proj\.", ".attn.to_out."),
+    (r"\.multiscale\.(\d+)\.0\.", r".to_qkv_multiscale.\1.proj_in."),
+    (r"\.multiscale\.(\d+)\.1\.", r".to_qkv_multiscale.\1.proj_out."),
+)
 SHARD = 5 * 10**9  # bytes a file, as in diffusers
 LORA = (".lora_A", ".lora_B")
 
@@ -81,14 +94,37 @@ def diffusers_lora(model: nn.Module, run: Checkpoint) -> dict[str, tuple[Tensor,
     return pairs
 
 
+def dcae_to_diffusers(model: nn.Module) -> dict[str, Tensor]:
+    """A DCAE's tensors under the names of diffusers' AutoencoderDC."""
+    rules, theirs = [*DCAE_NAMES], {}
+    for end in ("encoder.conv_in", "decoder.conv_out"):
+        if model.config[f"{end[:7]}_layers_per_block"][0] == 0:  # it takes the empty stage's step
+            rules.append((rf"^({end})\.", r"\1.conv."))
+    for name, tensor in model.state_dict().items():
+        for ours, official in rules:
+            name = re.sub(ours, official, name)
+        if ".attn.qkv." in name:  # a 1x1 convolution here, three linear layers there
+            parts = zip("qkv", tensor.flatten(1).chunk(3))
+            theirs |= {name.replace(".qkv.", f".to_{part}."): rows for part, rows in parts}
+        else:
+            theirs[name] = tensor.flatten(1) if ".attn.to_out." in name else tensor
+    return theirs
+
+
 # ---- files
 
 
-def write(kind: str, run_file: Path, model: nn.Module, folder: Path) -> list[Path]:
-    """Export a run; returns the files. `model` is the merged one, on the CPU."""
+def write(
+    kind: str, spec: Spec, model: nn.Module, autoencoder: nn.Module, folder: Path
+) -> list[Path]:
+    """Export the run that `spec` describes; returns the files. model: merged, on the CPU."""
     if kind not in KINDS:
         raise UserError(f"--export {kind} is unknown; one of {', '.join(KINDS)}")
-    run = weights.open_checkpoint(run_file)
+    if "encoder_block_types" not in autoencoder.config:
+        raise UserError(
+            f"--export {kind}: {spec.autoencoder} is no DC-AE, which these clients need"
+        )
+    run = weights.open_checkpoint(Path(spec.transformer))
     pairs = diffusers_lora(model, run)
     if kind == "peft" and not pairs:
         raise UserError(f"{run.path} holds no LoRA: it was trained in full, export it merged")
@@ -101,7 +137,8 @@ def write(kind: str, run_file: Path, model: nn.Module, folder: Path) -> list[Pat
             return [*files, *write_peft(pairs, folder)]
         tensors = lora_tensors(pairs, "transformer")
         files.append(save(folder / "pytorch_lora_weights.safetensors", tensors))
-    return [*files, *write_transformer(model, run, folder / "transformer")]
+    files += write_transformer(model, run, folder / "transformer")
+    return [*files, *write_autoencoder(autoencoder, folder), *write_pipeline(model, spec, folder)]
 
 
 def lora_tensors(pairs: dict[str, tuple[Tensor, Tensor]], prefix: str) -> dict[str, Tensor]:
@@ -155,6 +192,35 @@ def diffusers_config(model: nn.Module, run: Checkpoint) -> dict:
     return {"_class_name": name, **config, "_dc_gen": facts}
 
 
+def write_autoencoder(autoencoder: nn.Module, folder: Path) -> list[Path]:
+    config = {"_class_name": "AutoencoderDC", **autoencoder.config}
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    return [
+        save(file, dcae_to_diffusers(autoencoder)),
+        save_json(file.parent / "config.json", config),
+    ]
+
+
+def scheduler_config(spec: Spec) -> dict:
+    """The scheduler of diffusers that visits the timesteps of sample.py."""
+    if spec.solver == "dpm":
+        flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=spec.shift)
+        return {"_class_name": "DPMSolverMultistepScheduler", **flow}
+    return {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": spec.shift}
+
+
+def write_pipeline(model: nn.Module, spec: Spec, folder: Path) -> list[Path]:
+    scheduler, (network, _) = scheduler_config(spec), diffusers_names(model)
+    name = network.replace("Transformer2DModel", "Pipeline")
+    ours = dict(transformer=network, vae="AutoencoderDC", scheduler=scheduler["_class_name"])
+    index = {part: ["diffusers", cls] for part, cls in ours.items()}
+    index |= {part: ["transformers", cls] for part, cls in TEXT[name].items()}
+    return [
+        save_json(folder / "scheduler" / "scheduler_config.json", scheduler),
+        save_json(folder / "model_index.json", {"_class_name": name, **index}),
+    ]
+
+
 def save(path: Path, tensors: dict[str, Tensor]) -> Path:
     # Copies: q, k and v share one A, and safetensors refuses tensors that share memory.
     weights.save(path, {name: t.clone() for name, t in tensors.items()}, {"format": "pt"})
@@ -164,3 +230,44 @@ def save(path: Path, tensors: dict[str, Tensor]) -> Path:
 def save_json(path: Path, document: dict) -> Path:
     weights.write_whole(path, lambda file: file.write_text(json.dumps(document, indent=1)))
     return path
+
+
+# ---- how to draw with it
+
+
+def how_to(
+    kind: str, spec: Spec, model: nn.Module, autoencoder: nn.Module, base: str, folder: Path
+) -> str:
+    """What a person does next. base: the pipeline that holds the text encoders."""
+    facts = f"sample with {spec.autoencoder}, timestep shift {spec.shift:.3g}, {spec.size} pixels"
+    if (spaced := model.config.get("position_stride", 1)) > 1:
+        return f"{facts}; token i sits at {spaced} * i + {(spaced - 1) / 2:g} (img_ids)"
+    if kind == "peft" or spec.is_toy:  # the toy's text encoder is not in diffusers
+        return facts
+    is_flux, dtype = isinstance(model, Flux), "torch_dtype=torch.bfloat16"
+    scheduler, (network, _) = scheduler_config(spec), diffusers_names(model)
+    name, stride = scheduler.pop("_class_name"), autoencoder.stride
+    scheduler = f"{name}({', '.join(f'{k}={v!r}' for k, v in scheduler.items())})"
+    size = f"height={spec.size}, width={spec.size}, num_inference_steps={spec.steps}"
+    call = f'pipe("a fox in the snow", {size}, guidance_scale={spec.guidance}'
+    lines = f"""
+import torch, diffusers
+vae = diffusers.AutoencoderDC.from_pretrained("{folder}/vae", {dtype}).to("cuda")
+net = diffusers.{network}.from_pretrained("{folder}/transformer", {dtype})
+parts = dict(transformer=net, scheduler=diffusers.{scheduler}, {dtype})
+"""
+    if not is_flux:
+        return f"""{facts}; in stock diffusers:
+{lines}\
+pipe = diffusers.SanaPipeline.from_pretrained("{base}", vae=vae, **parts).to("cuda")
+image = {call}, use_resolution_binning=False).images[0]
+image.save("fox.png")
+"""
+    return f"""{facts}; in stock diffusers, to which h x w tokens of C are 2h x 2w latents of C / 4:
+{lines}\
+pipe = diffusers.FluxPipeline.from_pretrained("{base}", vae=None, **parts).to("cuda")
+pipe.vae_scale_factor = {stride // 2}
+tokens = {call}, output_type="latent").images
+image = vae.decode(tokens.mT.unflatten(2, ({spec.size // stride}, -1)) / vae.config.scaling_factor)
+pipe.image_processor.postprocess(image.sample.detach())[0].save("fox.png")
+"""

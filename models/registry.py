@@ -110,6 +110,8 @@ STANDARD = dict(
 def describe_pipeline(folder: Path, source: str) -> Spec:
     """A diffusers pipeline. Its scheduler must be one of ours: another makes other pictures."""
     network = weights.read_json(folder / "transformer" / "config.json")
+    if "_dc_gen" in network:  # written by lora.py --export diffusers
+        return replace(describe_run(network["_dc_gen"], source), autoencoder=source)
     scheduler = weights.read_json(folder / "scheduler" / "scheduler_config.json")
     classes = (network.get("_class_name"), scheduler.get("_class_name"))
     odd = [f"{k}={v}" for k, v in scheduler.items() if STANDARD.get(k, v) != v]
@@ -152,24 +154,25 @@ def describe_weights(path: Path) -> Spec:
     checkpoint = weights.open_checkpoint(path, "transformer")
     header, config = checkpoint.metadata, checkpoint.config or {}
     # lora.py --export keeps the facts of a run in config.json.
-    run = header if checkpoint.is_run else config.get("_dc_gen")
+    if run := header if checkpoint.is_run else config.get("_dc_gen"):
+        return describe_run(run, str(path))
+    return replace(describe_shapes(checkpoint.shapes, config), transformer=str(path))
+
+
+def describe_run(run: dict[str, str], source: str) -> Spec:
+    """The Spec of a run, by the facts that stand in its header or its export's config.json."""
     try:
-        if header.get("stage") == "quant":  # complete without its base
-            return Spec(**json.loads(header["spec"]) | {"transformer": str(path), "stage": "quant"})
-        if run:
-            kinds = {
-                "schedule": str,
-                "shift": float,
-                "size": int,
-            }  # older runs lack the size: the base's holds
-            own = {name: kind(run[name]) for name, kind in kinds.items() if name in run}
-            own |= {"transformer": str(path), "stage": run.get("stage", "merged")}
-            return replace(describe(run["base"], run["autoencoder"]), **own)
-    except (KeyError, ValueError, TypeError) as error:
+        if run.get("stage") == "quant":  # complete without its base
+            return Spec(**json.loads(run["spec"]) | {"transformer": source, "stage": "quant"})
+        # Older runs lack the size or the schedule: the base's holds.
+        kinds = {"schedule": str, "shift": float, "size": int}
+        own = {name: kind(run[name]) for name, kind in kinds.items() if name in run}
+        own |= {"transformer": source, "stage": run.get("stage", "merged")}
+        return replace(describe(run["base"], run["autoencoder"]), **own)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         lack = f"its base or autoencoder is not found ({error})"
         cure = "or its header is not of this version: make it again"
-        raise UserError(f"{path}: {lack}, {cure}") from None
-    return replace(describe_shapes(checkpoint.shapes, config), transformer=str(path))
+        raise UserError(f"{source}: {lack}, {cure}") from None
 
 
 def describe_shapes(shapes: dict[str, tuple[int, ...]], config: dict) -> Spec:

@@ -1,12 +1,21 @@
-"""What is exported gives, in diffusers and peft, what our merged model gives."""
+"""What is exported gives, in diffusers and peft, what our model gives."""
 
 import json
 import math
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
+from reference import error
 from safetensors.torch import load_file
+from test_dcae import TINY as TINY_DCAE
+from test_sample import assert_same_picture, flux_pipeline, run, sana_pipeline
 
+import dcae
+import lora
+import sample
 from models import export, registry, script, weights
 from models.flux import Flux
 from models.sana import Sana
@@ -28,29 +37,42 @@ ALIGNED = {"flux": dict(in_channels=32, position_stride=2), "sana": dict(in_chan
 EMBEDDER_HEAD = ("img_in", "x_embedder", "final_layer")
 
 
-def finished_run(folder, kind: str, alpha: float = 8.0, rank: int = 4):
-    """(file of the run, merged model): another embedder and head, and LoRA of every block."""
+def finished_run(folder, kind: str, pipeline=None, **aligned):
+    """(Spec, merged model, autoencoder): another embedder and head, and LoRA of every block."""
     torch.manual_seed(0)
     cls, sizes = TINY[kind]
-    base = cls(**sizes)
-    weights.save(folder / "base" / "model.safetensors", base.state_dict(), {})
-    (folder / "base" / "config.json").write_text(json.dumps(base.config))
-    model = cls(**base.config | ALIGNED[kind] | {"out_channels": None})
+    if pipeline is not None:
+        pipeline.save_pretrained(folder / "base")
+        base = cls.from_pretrained(folder / "base")
+    else:
+        base = cls(**sizes)
+        weights.save(folder / "base" / "model.safetensors", base.state_dict(), {})
+        (folder / "base" / "config.json").write_text(json.dumps(base.config))
+    model = cls(**base.config | ALIGNED[kind] | {"out_channels": None} | aligned)
     trained = {n: t for n, t in model.state_dict().items() if n.startswith(EMBEDDER_HEAD)}
     for name, weight in base.state_dict().items():
         is_linear = weight.dim() > 1 and math.prod(weight.shape[2:]) == 1  # or a 1x1 convolution
         if "blocks." in name and name.endswith(".weight") and is_linear:
             layer = name.removesuffix(".weight")
-            trained[f"{layer}.lora_A"] = torch.empty(rank, weight.shape[1])
-            trained[f"{layer}.lora_B"] = torch.empty(weight.shape[0], rank)
+            trained[f"{layer}.lora_A"] = torch.empty(4, weight.shape[1])
+            trained[f"{layer}.lora_B"] = torch.empty(weight.shape[0], 4)
     trained = {name: 0.1 * torch.randn(tensor.shape) for name, tensor in trained.items()}
+    autoencoder = tiny_dcae(latent_channels=model.latent_channels)
+    notes = dict(config=json.dumps(autoencoder.config))
+    weights.save(folder / "ae.safetensors", autoencoder.state_dict(), notes)
     notes = dict(
-        stage="lora", base=str(folder / "base"), autoencoder="x", shift="2.5", size="2048",
-        config=json.dumps(model.config), alpha=str(alpha),
+        stage="lora", base=str(folder / "base"), autoencoder=str(folder / "ae.safetensors"),
+        shift="2.5", size="64", config=json.dumps(model.config), alpha="8",
     )  # fmt: skip
     file = folder / "lora.safetensors"
     weights.save(file, trained, notes)
-    return file, cls.from_pretrained(file)
+    return sample.load_pipeline(str(file))
+
+
+def tiny_dcae(**change) -> dcae.DCAE:
+    torch.manual_seed(1)
+    shortcuts = dict(encoder_out_shortcut=False, decoder_in_shortcut=False)
+    return dcae.DCAE(**TINY_DCAE | shortcuts | change).eval()
 
 
 def inputs(model) -> tuple:
@@ -62,7 +84,8 @@ def inputs(model) -> tuple:
     t = torch.rand(2, generator=g)
     noisy = draw(2, model.latent_channels, 4, 6)
     if isinstance(model, Flux):
-        return noisy, t, draw(2, 3, 8), draw(2, 8), 1 + draw(2).abs()
+        widths = model.config["joint_attention_dim"], model.config["pooled_projection_dim"]
+        return noisy, t, draw(2, 3, widths[0]), draw(2, widths[1]), 1 + draw(2).abs()
     return noisy, t, draw(2, 7, 48), torch.arange(7) < torch.tensor([[4], [7]])
 
 
@@ -98,9 +121,9 @@ def aligned_transformer(kind: str, folder, model):
 @pytest.mark.parametrize("kind", ["flux", "sana"])
 @torch.no_grad()
 def test_the_merged_folder_opens_in_diffusers(tmp_path, monkeypatch, kind):
-    file, model = finished_run(tmp_path, kind)
+    _, model, _ = parts = finished_run(tmp_path, kind)
     monkeypatch.setattr(export, "SHARD", 60_000)  # several files
-    files = export.write("diffusers", file, model, tmp_path / "out")
+    files = export.write("diffusers", *parts, tmp_path / "out")
     assert sum(file.name.startswith("diffusion_pytorch_model-") for file in files) > 1
     name = "FluxTransformer2DModel" if kind == "flux" else "SanaTransformer2DModel"
     network = getattr(diffusers, name).from_pretrained(tmp_path / "out" / "transformer")
@@ -112,22 +135,21 @@ def test_the_merged_folder_opens_in_diffusers(tmp_path, monkeypatch, kind):
     again = type(model).from_pretrained(tmp_path / "out" / "transformer")  # and in ours
     torch.testing.assert_close(again(*args), ours)
     spec = registry.describe(str(tmp_path / "out" / "transformer"))
-    assert (spec.autoencoder, spec.shift, spec.size) == ("x", 2.5, 2048)
+    assert (spec.autoencoder, spec.shift, spec.size) == (parts[0].autoencoder, 2.5, 64)
     config = json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())
     assert config["out_channels"] == config["in_channels"]  # None stops SanaPipeline
     monkeypatch.setattr(export, "SHARD", 10**9)  # a smaller export leaves nothing of this one
-    written = export.write("diffusers", file, model, tmp_path / "out")
-    there = set((tmp_path / "out" / "transformer").iterdir())
-    assert there == {path for path in written if path.parent.name == "transformer"}
-    assert len(there) == 2
+    written = export.write("diffusers", *parts, tmp_path / "out")
+    there = {path for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert there == set(written) and len([*(tmp_path / "out" / "transformer").iterdir()]) == 2
 
 
 @pytest.mark.parametrize("kind", ["flux", "sana"])
 @torch.no_grad()
 def test_the_lora_loads_in_diffusers(tmp_path, kind):
     pytest.importorskip("peft", reason="diffusers loads LoRA through peft")
-    file, model = finished_run(tmp_path, kind)
-    export.write("diffusers", file, model, tmp_path / "out")
+    _, model, _ = parts = finished_run(tmp_path, kind)
+    export.write("diffusers", *parts, tmp_path / "out")
     network = aligned_transformer(kind, tmp_path, model)
     args = inputs(model)
     before = theirs(network, model, *args)
@@ -140,8 +162,8 @@ def test_the_lora_loads_in_diffusers(tmp_path, kind):
 @torch.no_grad()
 def test_the_adapter_loads_in_peft(tmp_path, kind):
     peft = pytest.importorskip("peft", reason="the reference is not installed")
-    file, model = finished_run(tmp_path, kind)
-    export.write("peft", file, model, tmp_path / "out")
+    _, model, _ = parts = finished_run(tmp_path, kind)
+    export.write("peft", *parts, tmp_path / "out")
     network = aligned_transformer(kind, tmp_path, model)
     adapted = peft.PeftModel.from_pretrained(network, tmp_path / "out").eval()
     args = inputs(model)
@@ -151,26 +173,122 @@ def test_the_adapter_loads_in_peft(tmp_path, kind):
 
 
 def test_a_run_trained_in_full_is_exported_merged_or_not_at_all(tmp_path):
-    file, model = finished_run(tmp_path, "flux")
-    notes = weights.open_checkpoint(file).metadata
-    weights.save(file, model.state_dict(), notes)
-    files = export.write("diffusers", file, model, tmp_path / "out")
-    assert {path.parent.name for path in files} == {"transformer"}
+    spec, model, _ = parts = finished_run(tmp_path, "flux")
+    notes = weights.open_checkpoint(spec.transformer).metadata
+    weights.save(spec.transformer, model.state_dict(), notes)
+    files = export.write("diffusers", *parts, tmp_path / "out")
+    assert not [path.name for path in files if "lora" in path.name or "embedder" in path.name]
     with pytest.raises(script.UserError, match="holds no LoRA: it was trained in full"):
-        export.write("peft", file, model, tmp_path / "out")
+        export.write("peft", *parts, tmp_path / "out")
 
 
-def test_what_cannot_be_exported_is_a_sentence(tmp_path):
-    file, model = finished_run(tmp_path, "sana")
-    for kind in ("onnx", "comfyui"):
-        with pytest.raises(script.UserError, match=f"{kind} is unknown; one of diffusers, peft"):
-            export.write(kind, file, model, tmp_path / "out")
+@pytest.mark.parametrize("kind, model, said", [
+    ("onnx", "flux", "onnx is unknown; one of diffusers, peft"),
+])  # fmt: skip
+def test_what_cannot_be_exported_is_a_sentence(tmp_path, kind, model, said):
+    parts = finished_run(tmp_path, model)
+    with pytest.raises(script.UserError, match=said):
+        export.write(kind, *parts, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_leaves_no_shard_half_written(tmp_path, monkeypatch):
-    file, model = finished_run(tmp_path, "flux")
+    parts = finished_run(tmp_path, "flux")
     usage = weights.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(weights.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(script.UserError, match=r"safetensors not written .* 0 MB are free"):
-        export.write("diffusers", file, model, tmp_path / "out")
+        export.write("diffusers", *parts, tmp_path / "out")
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+# ---- whole pipelines
+
+
+@pytest.mark.parametrize("change", [
+    {},
+    dcae.both(layers_per_block=[0, 1, 1, 1]),
+    {"downsample_block_type": "conv", "upsample_block_type": "interpolate"},
+])  # fmt: skip
+@torch.no_grad()
+def test_the_autoencoder_opens_in_diffusers(tmp_path, change):
+    ours = tiny_dcae(**change)
+    export.write_autoencoder(ours, tmp_path)
+    theirs = diffusers.AutoencoderDC.from_pretrained(tmp_path / "vae")
+    assert theirs.state_dict().keys() == export.dcae_to_diffusers(ours).keys()
+    image = torch.rand(1, 3, 40, 56) * 2 - 1
+    latents = ours.encode(image)
+    torch.testing.assert_close(theirs.encode(image).latent * 0.5, latents, rtol=1e-5, atol=1e-5)
+    images = theirs.decode(latents / 0.5).sample
+    torch.testing.assert_close(images, ours.decode(latents), rtol=1e-5, atol=1e-5)
+
+
+def exported_pipeline(folder, kind: str):
+    """finished_run of a pipeline that diffusers draws with."""
+    if kind == "flux":
+        return finished_run(folder, "flux", flux_pipeline(diffusers), position_stride=1)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if kind == "sana-dpm":
+        scheduler = diffusers.DPMSolverMultistepScheduler(
+            flow_shift=4.0, use_flow_sigmas=True, prediction_type="flow_prediction"
+        )
+    return finished_run(folder, "sana", sana_pipeline(diffusers, scheduler))
+
+
+@pytest.mark.parametrize("kind", ["flux", "sana-euler", "sana-dpm"])
+def test_the_printed_lines_draw_the_picture_of_sample_py(tmp_path, monkeypatch, capsys, kind):
+    spec, model, _ = exported_pipeline(tmp_path, kind)
+    flags = ["--export", "diffusers", "--dtype", "fp32", "--model", tmp_path / "base"]
+    monkeypatch.setattr(sys, "argv", ["lora.py", *map(str, flags), "--out", str(tmp_path)])
+    lora.main()
+    text = capsys.readouterr().out
+    lines = text[text.index("import torch, diffusers") : text.index("\nsaved  ")].splitlines()
+    assert len(lines) <= 9 and spec.transformer.replace("lora.safetensors", "diffusers") in text
+    noise = sample.draw_noise([11], (model.latent_channels, 8, 8))
+    noise = noise.flatten(2).mT if kind == "flux" else noise
+    program = "\n".join(lines).replace('"cuda"', '"cpu"').replace("bfloat16", "float32")
+    monkeypatch.chdir(tmp_path)
+    exec(program.replace('pipe("', 'pipe(latents=noise, prompt="'), {"noise": noise})
+    ours = run(monkeypatch, capsys, "--model", spec.transformer, "--prompt", "a fox in the snow",
+               "--seed", 11, "--out", tmp_path / "x.png")  # fmt: skip
+    with Image.open(tmp_path / "fox.png") as theirs:
+        assert_same_picture(ours["files"][0], theirs)
+
+
+class DCGen_FluxPipeline(diffusers.FluxPipeline):
+    """As the authors' class of this name: FLUX's parts, with AutoencoderDC for a vae."""
+
+    def __init__(
+        self, scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, transformer
+    ):
+        diffusers.DiffusionPipeline.__init__(self)
+        self.register_modules(
+            **{k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        )
+
+
+def test_the_folder_is_that_of_a_pipeline_with_a_deep_autoencoder(tmp_path):
+    parts = exported_pipeline(tmp_path, "flux")
+    export.write("diffusers", *parts, tmp_path / "out")
+    base = diffusers.FluxPipeline.from_pretrained(tmp_path / "base")
+    text = {name: getattr(base, name) for name in export.TEXT["FluxPipeline"]}
+    pipe = DCGen_FluxPipeline.from_pretrained(tmp_path / "out", **text)
+    assert isinstance(pipe.vae, diffusers.AutoencoderDC)
+    sigmas = torch.linspace(1, 1 / 4, 4).tolist()
+    pipe.scheduler.set_timesteps(sigmas=sigmas, mu=7.0)  # the shift is the run's, not mu
+    assert torch.allclose(pipe.scheduler.sigmas, sample.timesteps(4, "flux", shift=2.5))
+
+
+@pytest.mark.parametrize("kind, path, tolerance", [
+    ("diffusers", "", 0), ("diffusers", "transformer", 0),
+])  # fmt: skip
+@torch.no_grad()
+def test_an_export_is_a_model_of_sample_py(tmp_path, kind, path, tolerance):
+    spec, model, autoencoder = parts = exported_pipeline(tmp_path, "flux")
+    export.write(kind, *parts, tmp_path / "out")
+    again, network, decoder = sample.load_pipeline(str(tmp_path / "out" / path))
+    args = inputs(model)
+    assert error(network(*args), model(*args)) <= tolerance
+    latents = torch.randn(1, model.latent_channels, 2, 3)
+    assert error(decoder.decode(latents), autoencoder.decode(latents)) == 0
+    kept = dict(transformer="", autoencoder="", stage="")
+    assert replace(again, **kept) == replace(spec, **kept)
