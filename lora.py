@@ -68,7 +68,7 @@ class Config:
     ema: float = 0.0  # decay of a moving average, e.g. 0.999, which is then what is saved; 0: none
     per_task: int = 12  # toy prompts of each task to score by; 0: none
     save_every: int = 100  # steps, so that an interrupted run goes on
-    export: str = ""  # no training, a finished run for diffusers | peft
+    export: str = ""  # no training, a finished run for diffusers | peft | comfyui | comfyui-fp8
     seed: int = 0
     device: str = ""  # "": cuda, then mps, then cpu
     dtype: str = ""  # of frozen weights and encoders: fp32, bf16; "": fp32 for toys and on a CPU

@@ -5,9 +5,14 @@ What    diffusers    a pipeline's folder: transformer/ (merged), vae/, scheduler
                      how stock diffusers draws with it. pytorch_lora_weights.safetensors is the
                      LoRA alone, for a transformer that has the run's embedder and head.
         peft         an adapter folder, for PeftModel.from_pretrained of such a transformer.
+        comfyui      a folder for ComfyUI/custom_nodes: the merged FLUX in one file of BFL's names,
+                     vae/, and the node that loads both (models/comfyui_node.py), as ComfyUI's own
+                     loader takes every FLUX for one of 16 channels in 2 x 2 patches.
+        comfyui-fp8  the same with the blocks' matrices in e4m3, half the memory.
         The embedder and the head have other shapes than the base's, so no LoRA can carry them:
         embedder_head.safetensors holds them, for load_state_dict(..., strict=False).
-Clients sample.py and align.py open the folder and its transformer/: config.json names base, autoencoder, shift and size under `_dc_gen`.
+Clients sample.py and align.py open the folder, its transformer/, and comfyui's file: config.json
+        (or the file's header) names base, autoencoder, shift and size under `_dc_gen`.
         FluxPipeline cuts latents into 2 x 2 patches, and this model has none. To the pipeline,
         h x w tokens of C channels are 2h x 2w latents of C / 4 channels.
 How     One layer of ours is several of diffusers with their rows stacked. Each of them gets the
@@ -17,9 +22,11 @@ How     One layer of ours is several of diffusers with their rows stacked. Each 
 
 import json
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from models import flux, sana, weights
@@ -28,7 +35,7 @@ from models.registry import Spec
 from models.script import UserError
 from models.weights import Checkpoint
 
-KINDS = ("diffusers", "peft")
+KINDS = ("diffusers", "peft", "comfyui", "comfyui-fp8")
 TEXT = {  # the parts of a pipeline that stay the base's
     "FluxPipeline": dict(
         text_encoder="CLIPTextModel", tokenizer="CLIPTokenizer",
@@ -46,6 +53,7 @@ DCAE_NAMES = (  # our name -> that of diffusers' AutoencoderDC, rule after rule;
     (r"\.multiscale\.(\d+)\.0\.", r".to_qkv_multiscale.\1.proj_in."),
     (r"\.multiscale\.(\d+)\.1\.", r".to_qkv_multiscale.\1.proj_out."),
 )
+NODE = Path(__file__).with_name("comfyui_node.py")
 SHARD = 5 * 10**9  # bytes a file, as in diffusers
 LORA = (".lora_A", ".lora_B")
 
@@ -125,6 +133,8 @@ def write(
             f"--export {kind}: {spec.autoencoder} is no DC-AE, which these clients need"
         )
     run = weights.open_checkpoint(Path(spec.transformer))
+    if kind.startswith("comfyui"):
+        return write_comfyui(model, run, autoencoder, folder, is_fp8=kind.endswith("fp8"))
     pairs = diffusers_lora(model, run)
     if kind == "peft" and not pairs:
         raise UserError(f"{run.path} holds no LoRA: it was trained in full, export it merged")
@@ -139,6 +149,25 @@ def write(
         files.append(save(folder / "pytorch_lora_weights.safetensors", tensors))
     files += write_transformer(model, run, folder / "transformer")
     return [*files, *write_autoencoder(autoencoder, folder), *write_pipeline(model, spec, folder)]
+
+
+def write_comfyui(
+    model: nn.Module, run: Checkpoint, autoencoder: nn.Module, folder: Path, is_fp8: bool
+) -> list[Path]:
+    """BFL's names are ours. The autoencoder is in diffusers' format: ComfyUI has no DC-AE."""
+    if not isinstance(model, Flux) or model.config["position_stride"] > 1:
+        raise UserError("--export comfyui is for FLUX with its own positions: try diffusers")
+
+    def stored(name: str, tensor: Tensor) -> Tensor:
+        if not is_fp8 or "_blocks." not in name or tensor.dim() < 2:
+            return tensor
+        return tensor.clamp(-448, 448).to(torch.float8_e4m3fn)  # beyond 448 it knows NaN alone
+
+    path, config = folder / "transformer.safetensors", diffusers_config(model, run)
+    tensors = {name: stored(name, tensor) for name, tensor in model.state_dict().items()}
+    weights.save(path, tensors, {"format": "pt", "config": json.dumps(config)})
+    weights.write_whole(folder / "__init__.py", lambda file: shutil.copyfile(NODE, file))
+    return [path, *write_autoencoder(autoencoder, folder), folder / "__init__.py"]
 
 
 def lora_tensors(pairs: dict[str, tuple[Tensor, Tensor]], prefix: str) -> dict[str, Tensor]:
@@ -240,6 +269,9 @@ def how_to(
 ) -> str:
     """What a person does next. base: the pipeline that holds the text encoders."""
     facts = f"sample with {spec.autoencoder}, timestep shift {spec.shift:.3g}, {spec.size} pixels"
+    if kind.startswith("comfyui"):
+        nodes = f"euler, simple, cfg 1, FluxGuidance {spec.guidance:g}, T5TokenizerOptions 512"
+        return f"{facts}\nmove {folder} to ComfyUI/custom_nodes, pip install diffusers; {nodes}"
     if (spaced := model.config.get("position_stride", 1)) > 1:
         return f"{facts}; token i sits at {spaced} * i + {(spaced - 1) / 2:g} (img_ids)"
     if kind == "peft" or spec.is_toy:  # the toy's text encoder is not in diffusers

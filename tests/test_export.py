@@ -1,9 +1,12 @@
-"""What is exported gives, in diffusers and peft, what our model gives."""
+"""What is exported gives, in diffusers, peft and ComfyUI's interface, what our model gives."""
 
+import importlib.util
 import json
 import math
 import sys
 from dataclasses import replace
+from itertools import pairwise
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -183,7 +186,9 @@ def test_a_run_trained_in_full_is_exported_merged_or_not_at_all(tmp_path):
 
 
 @pytest.mark.parametrize("kind, model, said", [
-    ("onnx", "flux", "onnx is unknown; one of diffusers, peft"),
+    ("onnx", "flux", "onnx is unknown; one of diffusers, peft, comfyui, comfyui-fp8"),
+    ("comfyui", "sana", "comfyui is for FLUX"),
+    ("comfyui", "flux", "comfyui is for FLUX with its own positions"),  # the toy's are spread
 ])  # fmt: skip
 def test_what_cannot_be_exported_is_a_sentence(tmp_path, kind, model, said):
     parts = finished_run(tmp_path, model)
@@ -280,6 +285,7 @@ def test_the_folder_is_that_of_a_pipeline_with_a_deep_autoencoder(tmp_path):
 
 @pytest.mark.parametrize("kind, path, tolerance", [
     ("diffusers", "", 0), ("diffusers", "transformer", 0),
+    ("comfyui", "transformer.safetensors", 0), ("comfyui-fp8", "transformer.safetensors", 0.1),
 ])  # fmt: skip
 @torch.no_grad()
 def test_an_export_is_a_model_of_sample_py(tmp_path, kind, path, tolerance):
@@ -292,3 +298,114 @@ def test_an_export_is_a_model_of_sample_py(tmp_path, kind, path, tolerance):
     assert error(decoder.decode(latents), autoencoder.decode(latents)) == 0
     kept = dict(transformer="", autoencoder="", stage="")
     assert replace(again, **kept) == replace(spec, **kept)
+
+
+# ---- ComfyUI: a stub of what the node uses of it, as read in its source (no ComfyUI is at hand)
+
+
+class ComfyFlux(Flux):
+    """ComfyUI's FLUX has its own keywords, and `weight` for the `scale` of a norm."""
+
+    def __init__(self, dtype, **unet):
+        assert unet.pop("out_channels") == unet["in_channels"] and unet.pop("patch_size") == 1
+        assert (unet.pop("image_model"), unet.pop("theta"), unet.pop("mlp_ratio")) == (
+            "flux",
+            10000,
+            4,
+        )
+        assert unet.pop("qkv_bias") and unet.pop("hidden_size") == 16 * unet["num_heads"]
+        names = dict(
+            in_channels="in_channels", num_heads="num_attention_heads", depth="num_layers",
+            depth_single_blocks="num_single_layers", vec_in_dim="pooled_projection_dim",
+            context_in_dim="joint_attention_dim", axes_dim="axes_dims_rope",
+            guidance_embed="guidance_embeds",
+        )  # fmt: skip
+        super().__init__(attention_head_dim=16, **{names[k]: v for k, v in unet.items()})
+        self.to(dtype)
+
+    def load_state_dict(self, state, **how):
+        theirs = {name.replace("_norm.weight", "_norm.scale"): t for name, t in state.items()}
+        assert len(theirs) == len(state) and not any(name.endswith("scale") for name in state)
+        return super().load_state_dict(theirs, **how)
+
+
+class ComfyConfig:  # comfy.supported_models.Flux
+    memory_usage_factor, supported_inference_dtypes = 3.1, [torch.bfloat16, torch.float32]
+
+    def __init__(self, unet_config):
+        self.unet_config = unet_config.copy()
+
+    def set_inference_dtype(self, dtype, manual_cast_dtype):
+        self.unet_config["dtype"] = dtype
+
+    def get_model(self, state_dict, prefix="", device=None):
+        return SimpleNamespace(diffusion_model=ComfyFlux(**self.unet_config), model_config=self)
+
+    def process_unet_state_dict(self, state):
+        return {name.replace("_norm.scale", "_norm.weight"): t for name, t in state.items()}
+
+
+class ComfyPatcher:  # comfy.model_patcher.ModelPatcher
+    def __init__(self, model, load_device, offload_device):
+        self.model = model
+
+    def get_model_object(self, name):
+        return getattr(self.model.model_config, name)
+
+
+@pytest.fixture
+def comfy(monkeypatch):
+    cpu = torch.device("cpu")
+    devices = ("get_torch_device", "unet_offload_device", "vae_device", "vae_offload_device")
+    memory = {name: lambda: cpu for name in devices} | {
+        "vae_dtype": lambda device=None, allowed_dtypes=(): torch.float32,
+        "unet_manual_cast": lambda weight_dtype, device, supported_dtypes: None,
+        "free_memory": lambda memory_required, device, keep_loaded=(): None,
+    }
+    parts = {
+        "latent_formats": {"LatentFormat": type("LatentFormat", (), {})}, "model_management": memory,
+        "model_patcher": {"ModelPatcher": ComfyPatcher}, "supported_models": {"Flux": ComfyConfig},
+        "utils": {"load_torch_file": lambda path, safe_load=False: load_file(path)},
+    }  # fmt: skip
+    root = ModuleType("comfy")
+    for name, members in parts.items():
+        module = ModuleType(f"comfy.{name}")
+        vars(module).update(members)
+        setattr(root, name, module)
+        monkeypatch.setitem(sys.modules, f"comfy.{name}", module)
+    monkeypatch.setitem(sys.modules, "comfy", root)
+
+
+def comfy_sample(patcher, noise, cond, steps: int):
+    """KSampler: euler, simple, cfg 1. Latents leave it without the scale."""
+    config, network = patcher.model.model_config, patcher.model.diffusion_model
+    mu, even = math.exp(config.sampling_settings["shift"]), torch.arange(1, 10001) / 10000
+    table = mu / (mu + (1 / even - 1))
+    sigmas = [table[-1 - int(i * 10000 / steps)] for i in range(steps)] + [torch.tensor(0.0)]
+    for now, then in pairwise(sigmas):
+        noise = noise + (then - now) * network(noise, now.expand(1), *cond)
+    return noise / config.latent_format.scale_factor
+
+
+@torch.no_grad()
+def test_the_comfyui_node_draws_the_picture_of_sample_py(tmp_path, comfy):
+    spec, model, autoencoder = parts = exported_pipeline(tmp_path, "flux")
+    export.write("comfyui", *parts, tmp_path / "dc-gen")
+    source = importlib.util.spec_from_file_location("node", tmp_path / "dc-gen" / "__init__.py")
+    node = importlib.util.module_from_spec(source)
+    source.loader.exec_module(node)
+    loader, empty = (cls() for cls in node.NODE_CLASS_MAPPINGS.values())
+    assert [*node.NODE_CLASS_MAPPINGS] == ["DC-Gen dc-gen", "DC-Gen empty latent"]
+    patcher, vae = getattr(loader, loader.FUNCTION)()
+    (latents,) = getattr(empty, empty.FUNCTION)(patcher, 64, 96, 2)
+    assert latents["samples"].shape == (2, model.latent_channels, 96 // 8, 64 // 8)
+    noise, text = sample.draw_noise([3], (model.latent_channels, 6, 4)), torch.randn(1, 5, 40)
+    cond = (text, torch.randn(1, 32))
+    images = vae.decode(comfy_sample(patcher, noise, (*cond, torch.full((1,), 3.5)), 5))
+    sigmas = sample.timesteps(5, "flux", shift=spec.shift)
+    ours = sample.decode(autoencoder, sample.sample(model, cond, noise, sigmas, 3.5))
+    ours = ((ours.clamp(-1, 1) + 1) / 2).movedim(1, -1)
+    print(f"largest difference {(images - ours).abs().max().item() * 255:.1e} of 255")
+    assert images.std() > 0.01 and (images - ours).abs().max() * 255 < 1
+    scaled = autoencoder.encode(ours.movedim(-1, 1) * 2 - 1)
+    torch.testing.assert_close(vae.encode(ours) * 0.5, scaled, rtol=1e-4, atol=1e-4)
