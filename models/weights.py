@@ -12,6 +12,7 @@ Runs    A file of ours holds the trained tensors only. Its header names the base
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -33,6 +34,13 @@ MAX_HEADER = 10**8  # bytes; safetensors refuses a longer one
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 VARIANTS = ["*.fp16*", "*.bf16*", "*.fp8*", "*.int4*"]  # the same in another precision
 NOTHING = r"(?!)"  # a pattern that no name matches
+# ComfyUI's fp8 files: a weight is what is stored times its layer's scale. ASIDE are these, what
+# else is for its kernels, and in files that hold a whole pipeline what is not the transformer.
+SCALES = (".scale_weight", ".weight_scale")
+ASIDE = re.compile(
+    r"(\.scale_weight|\.weight_scale|\.scale_input|\.input_scale|\.comfy_quant|scaled_fp8)$"
+    r"|^(text_encoders|vae)\."
+)
 Device = str | torch.device
 # our name -> (official names, join): join(*official tensors) is ours; None: of one part
 Rows = dict[str, tuple[tuple[str, ...], Callable[..., Tensor] | None]]
@@ -128,6 +136,12 @@ class Checkpoint:
             return torch.empty(self.shapes[name], device="meta")
         source = self.sources[name]
         tensor = source if isinstance(source, Tensor) else source.get_tensor(name)
+        layer, _, leaf = name.rpartition(".")
+        if "float8" in str(tensor.dtype) and leaf in ("weight", "bias"):
+            tensor = tensor.float()  # torch joins fp8 with no other type
+            for scale in (layer + suffix for suffix in SCALES if leaf == "weight"):
+                if scale in self.sources:
+                    tensor *= self.sources[scale].get_tensor(scale).float().item()
         return tensor.to(device)
 
     @property
@@ -195,7 +209,7 @@ def shards_of(index: Path) -> list[Path]:
 
 def open_safetensors(paths: list[Path], config: dict | None) -> Checkpoint:
     """One file, or all shards of a model."""
-    sources, shapes = {}, {}
+    sources, shapes, kinds = {}, {}, {}
     for path in paths:
         try:
             file = safe_open(path, framework="pt")
@@ -204,7 +218,15 @@ def open_safetensors(paths: list[Path], config: dict | None) -> Checkpoint:
         for name in file.keys():  # noqa: SIM118
             if name in sources:
                 raise UserError(f"{path}: another shard also holds {name}, fetch both again")
-            sources[name], shapes[name] = file, tuple(file.get_slice(name).get_shape())
+            part = file.get_slice(name)
+            sources[name], shapes[name] = file, tuple(part.get_shape())
+            kinds[name] = part.get_dtype()
+    for scale in filter(ASIDE.search, [*shapes]):
+        shape, layer = shapes.pop(scale), scale.rpartition(".")[0]
+        kind = kinds.get(f"{layer}.weight", "absent")
+        if scale.endswith(SCALES) and not (kind.startswith("F8") and math.prod(shape) == 1):
+            found = f"{layer} as {kind} with scales {shape}"
+            raise UserError(f"{paths[0]} holds {found}: wanted 16 bits, or fp8 with one scale")
     path = paths[0] if len(paths) == 1 else paths[0].parent
     metadata = file.metadata() or {}
     if config is None and "config" in metadata:

@@ -409,3 +409,52 @@ def test_the_comfyui_node_draws_the_picture_of_sample_py(tmp_path, comfy):
     assert images.std() > 0.01 and (images - ours).abs().max() * 255 < 1
     scaled = autoencoder.encode(ours.movedim(-1, 1) * 2 - 1)
     torch.testing.assert_close(vae.encode(ours) * 0.5, scaled, rtol=1e-4, atol=1e-4)
+
+
+# ---- fp8 as ComfyUI's users have it
+
+
+def fp8_file(path, model, layout: str) -> None:
+    """The blocks' matrices in e4m3; scaled: times a scale a layer, in ComfyUI's old or new names."""
+    state, marks = {}, {"scaled": {"scaled_fp8": torch.zeros(2)}}.get(layout, {})
+    for name, tensor in model.state_dict().items():
+        layer, leaf = name.rsplit(".", 1)
+        if "_blocks." not in name or tensor.dim() < 2:
+            state[name] = tensor
+            continue
+        scale = torch.tensor(1.0) if layout in ("plain", "checkpoint") else tensor.abs().max() / 448
+        state[name] = (tensor / scale).to(torch.float8_e4m3fn)
+        if layout == "scaled":
+            marks |= {f"{layer}.scale_weight": scale, f"{layer}.scale_input": torch.ones(1)}
+        if layout == "new":
+            marks |= {f"{layer}.weight_scale": scale, f"{layer}.comfy_quant": torch.zeros(9).byte()}
+        if layout == "int8":
+            state[name] = (tensor / scale).to(torch.int8)
+            marks[f"{layer}.weight_scale"] = scale
+    state |= marks
+    if layout == "mixed":  # parts of one layer of ours
+        state = export.to_diffusers(model)
+        fp8 = {n: t.to(torch.float8_e4m3fn) for n, t in state.items() if "to_q.w" in n}
+        state |= {name: tensor.bfloat16() for name, tensor in state.items()} | fp8
+    if layout == "checkpoint":
+        state = {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}
+        state |= {"vae.decoder.x": torch.ones(1), "text_encoders.t5xxl.y": torch.ones(1)}
+    weights.save(path, state, {"config": json.dumps(model.config)})
+
+
+@pytest.mark.parametrize("layout, tolerance", [
+    ("plain", 0.1), ("checkpoint", 0.1), ("scaled", 0.1), ("new", 0.1), ("mixed", 0.1), ("int8", None),
+])  # fmt: skip
+@torch.no_grad()
+def test_fp8_files_of_comfyui_load(tmp_path, layout, tolerance):
+    torch.manual_seed(0)
+    model = Flux(**TINY["flux"][1] | ALIGNED["flux"])
+    fp8_file(tmp_path / "x.safetensors", model, layout)
+    if tolerance is None:
+        with pytest.raises(script.UserError, match="I8 with scales .*: wanted 16 bits, or fp8"):
+            Flux.from_pretrained(tmp_path / "x.safetensors")
+        return
+    args, again = inputs(model), Flux.from_pretrained(tmp_path / "x.safetensors")
+    assert error(again(*args), model(*args)) < tolerance
+    weight, stored = (m.single_blocks[0].linear1.weight for m in (model, again))
+    assert 0 < error(stored, weight) < 0.05
