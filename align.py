@@ -349,6 +349,7 @@ def watcher(
                 images, captions = sample.preview(model, autoencoder, spec, pictures)
                 path = run.out / "previews" / f"{run.stage}-{run.step:06d}.png"
                 sample.save_sheet(path, {f"{run.stage}, step {run.step}": images}, captions)
+                run.show(images)
         runs.wait_for_all()
 
     return watch

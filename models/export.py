@@ -156,7 +156,8 @@ def write_comfyui(
 ) -> list[Path]:
     """BFL's names are ours. The autoencoder is in diffusers' format: ComfyUI has no DC-AE."""
     if not isinstance(model, Flux) or model.config["position_stride"] > 1:
-        raise UserError("--export comfyui is for FLUX with its own positions: try diffusers")
+        found = "no FLUX, or one whose positions are spread, as the toy's are"
+        raise UserError(f"--export comfyui: {run.path} is {found}: wanted --export diffusers")
 
     def stored(name: str, tensor: Tensor) -> Tensor:
         if not is_fp8 or "_blocks." not in name or tensor.dim() < 2:

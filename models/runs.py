@@ -11,6 +11,7 @@ How     Batch `step` is a function of the seed and the step alone, so progress i
 
 import fcntl
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -21,13 +22,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from datetime import timedelta
+from itertools import groupby, product
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -208,6 +211,7 @@ class Run:
         self.config, self.out, self.origin = config, Path(config.out), origin
         self.device = next(iter(trained.values())).device
         self.skipped, self.updates, self.average, self.watched = 0, 0, {}, []
+        self.events = None
         self.out.mkdir(parents=True, exist_ok=True)
         self.first = self.resume()
         if on_first(lambda: self.first) != self.first:
@@ -217,6 +221,10 @@ class Run:
                 dist.broadcast(p.data, 0)
         if config.ema and not self.average:
             self.average = {name: p.detach().clone() for name, p in trained.items()}
+        if rank() == 0 and importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(self.out / "events" / stage, purge_step=self.first)
 
     def steps(self, last: int) -> Iterator[int]:
         """The steps that are left. After Ctrl-C or SIGTERM it saves and ends the process."""
@@ -293,6 +301,13 @@ class Run:
         if rank() == 0:
             with (self.out / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
+        for name in figures if self.events else ():
+            self.events.add_scalar(name, row[name], self.step)
+
+    def show(self, images: Tensor) -> None:
+        """Pictures (B, 3, H, W) that were drawn on the way, for tensorboard."""
+        if self.events:
+            self.events.add_images("preview", images.clamp(-1, 1) / 2 + 0.5, self.step)
 
     def curve(self, figure: str) -> list[tuple[int, float]]:
         """(step, value) of what is measured on the way, also before an interruption."""
@@ -316,6 +331,10 @@ class Run:
             weights.save(path, tensors, {k: json.dumps(v) for k, v in notes.items()})
             for old in self.files()[KEPT:]:
                 old.unlink()
+            with suppress(OSError, ValueError):  # a picture is no reason to stop
+                draw_curve(self.out)
+            if self.events:
+                self.events.flush()
         wait_for_all()
 
     def resume(self) -> int:
@@ -355,6 +374,26 @@ class Run:
                 f"{path} is of an interrupted run with {', '.join(changed)}: bring that back to "
                 f"finish it, or delete {self.out}/*.progress-*"
             )
+
+
+def draw_curve(out: Path) -> None:
+    """curve.png: a panel a stage of the losses in metrics.jsonl, on a log scale; held out in red."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    panels = [[*rows] for _, rows in groupby(map(json.loads, lines), lambda row: row["stage"])]
+    sheet = Image.new("RGB", (640, 200 * len(panels)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for top, rows in zip(range(0, sheet.height, 200), panels):
+        kinds = {"loss": [], "held_out": []}
+        for (name, points), (x, row) in product(kinds.items(), enumerate(rows)):
+            if 0 < row.get(name, 0) < math.inf:
+                points.append((10 + 620 * x / len(rows), math.log(row[name])))
+        values = [value for points in kinds.values() for _, value in points] or [0.0]
+        low, span = min(values), max(values) - min(values) or 1.0
+        for points, color in zip(kinds.values(), ("steelblue", "red")):
+            draw.line([(x, top + 190 - 160 * (v - low) / span) for x, v in points], color, 2)
+        ends = f"loss {math.exp(low):.3g} to {math.exp(low + span):.3g}"
+        draw.text((10, top + 6), f"{rows[0]['stage']}, step {rows[-1]['step']}: {ends}", "black")
+    weights.write_whole(out / "curve.png", lambda file: sheet.save(file, "png"))
 
 
 def save_last(path: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:

@@ -523,3 +523,20 @@ def test_gradients_in_bf16_are_those_of_fp32(tokens):
         found.append({name: p.grad.float() for name, p in align.trained(model).items()})
     exact, rough = (torch.cat([g.flatten() for g in grads.values()]) for grads in found)
     assert rough.isfinite().all() and (rough - exact).norm() < 0.05 * exact.norm()
+
+
+def test_a_run_leaves_its_curve(tmp_path):
+    train(tmp_path)
+    with Image.open(tmp_path / "curve.png") as curve:
+        colors = {color for _, color in curve.convert("RGB").getcolors()}
+    assert (70, 130, 180) in colors  # the loss, in steel blue
+
+
+def test_tensorboard_reads_a_runs_figures(tmp_path):
+    pytest.importorskip("tensorboard", reason="event files are written where it is installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tmp_path)
+    events = EventAccumulator(str(tmp_path / "events" / "align-2")).Reload()
+    told = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert told == [(step, pytest.approx(loss)) for step, loss, *_ in losses(tmp_path)]
