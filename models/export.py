@@ -13,8 +13,6 @@ What    diffusers    a pipeline's folder: transformer/ (merged), vae/, scheduler
         embedder_head.safetensors holds them, for load_state_dict(..., strict=False).
 Clients sample.py and align.py open the folder, its transformer/, and comfyui's file: config.json
         (or the file's header) names base, autoencoder, shift and size under `_dc_gen`.
-        FluxPipeline cuts latents into 2 x 2 patches, and this model has none. To the pipeline,
-        h x w tokens of C channels are 2h x 2w latents of C / 4 channels.
 How     One layer of ours is several of diffusers with their rows stacked. Each of them gets the
         same A and its own rows of B. B is multiplied by alpha / rank, since loaders may take
         alpha to be the rank.
@@ -129,9 +127,7 @@ def write(
     if kind not in KINDS:
         raise UserError(f"--export {kind} is unknown; one of {', '.join(KINDS)}")
     if "encoder_block_types" not in autoencoder.config:
-        raise UserError(
-            f"--export {kind}: {spec.autoencoder} is no DC-AE, which these clients need"
-        )
+        raise UserError(f"--export {kind}: {spec.autoencoder} is no DC-AE, all that they read")
     run = weights.open_checkpoint(Path(spec.transformer))
     if kind.startswith("comfyui"):
         return write_comfyui(model, run, autoencoder, folder, is_fp8=kind.endswith("fp8"))

@@ -23,7 +23,7 @@ from models import export, registry, script, weights
 from models.flux import Flux
 from models.sana import Sana
 
-diffusers = pytest.importorskip("diffusers", reason="the reference is not installed")
+diffusers = pytest.importorskip("diffusers", reason="the client is not installed")
 
 TINY = {
     "flux": (Flux, dict(
