@@ -335,10 +335,14 @@ def export_run(config: Config) -> None:
     kind, folder = config.export, Path(config.out) / config.export
     spec = registry.describe(str(saved))
     dtype = runs.frozen_dtype(config.dtype or ("" if spec.is_toy else "bf16"), torch.device("cpu"))
-    parts = sample.load_pipeline(str(saved), "", config.weights, "cpu", dtype)
-    files = export.write(kind, *parts, folder)
+    _, *models = sample.load_pipeline(str(saved), "", config.weights, "cpu", dtype)
+    if spec.schedule != "flux" or kind.startswith("comfyui"):  # they follow no size: the run's
+        model, autoencoder = models
+        tokens = (spec.size // autoencoder.stride) ** 2
+        spec = replace(spec, shift=sample.shift_of(spec, tokens, model.latent_channels))
+    files = export.write(kind, spec, *models, folder)
     base = registry.text_source(spec, config.weights)
-    print(export.how_to(kind, *parts, base, folder))
+    print(export.how_to(kind, spec, *models, base, folder))
     print("saved  " + "  ".join(map(str, files)))
     facts = dict(autoencoder=spec.autoencoder, shift=spec.shift, size=spec.size)
     figures = dict(stage="export", kind=kind, files=[str(file) for file in files])

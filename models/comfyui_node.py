@@ -63,7 +63,7 @@ def model_config(facts: dict, vae: VAE, dtype: torch.dtype):
         guidance_embed=facts["guidance_embeds"],
     ))  # fmt: skip
     # The ratio by which ComfyUI shifts FLUX's timesteps is exp(shift).
-    config.sampling_settings = {"shift": math.log(float(facts["_dc_gen"]["shift"]))}
+    config.sampling_settings = {"shift": math.log(facts["_shift"])}
     config.latent_format = comfy.latent_formats.LatentFormat()
     config.latent_format.latent_channels = channels
     config.latent_format.scale_factor = vae.model.config.scaling_factor

@@ -130,7 +130,8 @@ def write(
         raise UserError(f"--export {kind}: {spec.autoencoder} is no DC-AE, all that they read")
     run = weights.open_checkpoint(Path(spec.transformer))
     if kind.startswith("comfyui"):
-        return write_comfyui(model, run, autoencoder, folder, is_fp8=kind.endswith("fp8"))
+        facts = diffusers_config(model, run) | {"_shift": spec.shift}
+        return write_comfyui(model, facts, autoencoder, folder, is_fp8=kind.endswith("fp8"))
     pairs = diffusers_lora(model, run)
     if kind == "peft" and not pairs:
         raise UserError(f"{run.path} holds no LoRA: it was trained in full, export it merged")
@@ -148,19 +149,19 @@ def write(
 
 
 def write_comfyui(
-    model: nn.Module, run: Checkpoint, autoencoder: nn.Module, folder: Path, is_fp8: bool
+    model: nn.Module, config: dict, autoencoder: nn.Module, folder: Path, is_fp8: bool
 ) -> list[Path]:
     """BFL's names are ours. The autoencoder is in diffusers' format: ComfyUI has no DC-AE."""
     if not isinstance(model, Flux) or model.config["position_stride"] > 1:
         found = "no FLUX, or one whose positions are spread, as the toy's are"
-        raise UserError(f"--export comfyui: {run.path} is {found}: wanted --export diffusers")
+        raise UserError(f"--export comfyui: this model is {found}: wanted --export diffusers")
 
     def stored(name: str, tensor: Tensor) -> Tensor:
         if not is_fp8 or "_blocks." not in name or tensor.dim() < 2:
             return tensor
         return tensor.clamp(-448, 448).to(torch.float8_e4m3fn)  # beyond 448 it knows NaN alone
 
-    path, config = folder / "transformer.safetensors", diffusers_config(model, run)
+    path = folder / "transformer.safetensors"
     tensors = {name: stored(name, tensor) for name, tensor in model.state_dict().items()}
     weights.save(path, tensors, {"format": "pt", "config": json.dumps(config)})
     weights.write_whole(folder / "__init__.py", lambda file: shutil.copyfile(NODE, file))
@@ -232,7 +233,9 @@ def scheduler_config(spec: Spec) -> dict:
     if spec.solver == "dpm":
         flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=spec.shift)
         return {"_class_name": "DPMSolverMultistepScheduler", **flow}
-    return {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": spec.shift}
+    # Without a shift of its own the run follows FLUX's at each size: so does diffusers.
+    how = {"shift": spec.shift} if spec.shift else {"use_dynamic_shifting": True}
+    return {"_class_name": "FlowMatchEulerDiscreteScheduler", **how}
 
 
 def write_pipeline(model: nn.Module, spec: Spec, folder: Path) -> list[Path]:
@@ -265,7 +268,8 @@ def how_to(
     kind: str, spec: Spec, model: nn.Module, autoencoder: nn.Module, base: str, folder: Path
 ) -> str:
     """What a person does next. base: the pipeline that holds the text encoders."""
-    facts = f"sample with {spec.autoencoder}, timestep shift {spec.shift:.3g}, {spec.size} pixels"
+    shift = f"shift {spec.shift:.3g}" if spec.shift else "FLUX's shift"
+    facts = f"sample with {spec.autoencoder}, {shift}, {spec.size} pixels"
     if kind.startswith("comfyui"):
         nodes = f"euler, simple, cfg 1, FluxGuidance {spec.guidance:g}, T5TokenizerOptions 512"
         return f"{facts}\nmove {folder} to ComfyUI/custom_nodes, pip install diffusers; {nodes}"

@@ -128,8 +128,8 @@ def folder_of(config) -> Path:
     What goes on from runs/x/lora.safetensors, or from an export beside it, is runs/x-2.
     """
     path = Path(config.model)
-    path = path.parent if path.name == "transformer" else path  # of a pipeline
-    is_ours = path.stem in ("lora", "diffusers") and path.exists()
+    path = path.parent if path.stem == "transformer" else path  # of an export
+    is_ours = path.stem in ("lora", "diffusers", "comfyui") and path.exists()
     name = f"{path.absolute().parent.name}-2" if is_ours else path.name
     suffix = next((s for s in weights.SUFFIXES if name.endswith(s)), "")
     return Path(config.out or f"runs/{name.removesuffix(suffix)}")

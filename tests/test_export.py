@@ -40,7 +40,7 @@ ALIGNED = {"flux": dict(in_channels=32, position_stride=2), "sana": dict(in_chan
 EMBEDDER_HEAD = ("img_in", "x_embedder", "final_layer")
 
 
-def finished_run(folder, kind: str, pipeline=None, **aligned):
+def finished_run(folder, kind: str, pipeline=None, shift: float | None = 2.5, **aligned):
     """(Spec, merged model, autoencoder): another embedder and head, and LoRA of every block."""
     torch.manual_seed(0)
     cls, sizes = TINY[kind]
@@ -65,8 +65,8 @@ def finished_run(folder, kind: str, pipeline=None, **aligned):
     weights.save(folder / "ae.safetensors", autoencoder.state_dict(), notes)
     notes = dict(
         stage="lora", base=str(folder / "base"), autoencoder=str(folder / "ae.safetensors"),
-        shift="2.5", size="64", config=json.dumps(model.config), alpha="8",
-    )  # fmt: skip
+        size="64", config=json.dumps(model.config), alpha="8",
+    ) | ({"shift": str(shift)} if shift else {})  # fmt: skip
     file = folder / "lora.safetensors"
     weights.save(file, trained, notes)
     return sample.load_pipeline(str(file))
@@ -229,8 +229,9 @@ def test_the_autoencoder_opens_in_diffusers(tmp_path, change):
 
 def exported_pipeline(folder, kind: str):
     """finished_run of a pipeline that diffusers draws with."""
-    if kind == "flux":
-        return finished_run(folder, "flux", flux_pipeline(diffusers), position_stride=1)
+    if "flux" in kind:
+        shift = 2.5 if kind == "flux" else None  # the base's at each size
+        return finished_run(folder, "flux", flux_pipeline(diffusers), shift, position_stride=1)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     if kind == "sana-dpm":
         scheduler = diffusers.DPMSolverMultistepScheduler(
@@ -239,17 +240,21 @@ def exported_pipeline(folder, kind: str):
     return finished_run(folder, "sana", sana_pipeline(diffusers, scheduler))
 
 
-@pytest.mark.parametrize("kind", ["flux", "sana-euler", "sana-dpm"])
+def run_lora(monkeypatch, folder, kind: str) -> None:
+    flags = ["--export", kind, "--dtype", "fp32", "--model", folder / "base", "--out", folder]
+    monkeypatch.setattr(sys, "argv", ["lora.py", *map(str, flags)])
+    lora.main()
+
+
+@pytest.mark.parametrize("kind", ["flux", "flux-dynamic", "sana-euler", "sana-dpm"])
 def test_the_printed_lines_draw_the_picture_of_sample_py(tmp_path, monkeypatch, capsys, kind):
     spec, model, _ = exported_pipeline(tmp_path, kind)
-    flags = ["--export", "diffusers", "--dtype", "fp32", "--model", tmp_path / "base"]
-    monkeypatch.setattr(sys, "argv", ["lora.py", *map(str, flags), "--out", str(tmp_path)])
-    lora.main()
+    run_lora(monkeypatch, tmp_path, "diffusers")
     text = capsys.readouterr().out
     lines = text[text.index("import torch, diffusers") : text.index("\nsaved  ")].splitlines()
     assert len(lines) <= 9 and spec.transformer.replace("lora.safetensors", "diffusers") in text
     noise = sample.draw_noise([11], (model.latent_channels, 8, 8))
-    noise = noise.flatten(2).mT if kind == "flux" else noise
+    noise = noise.flatten(2).mT if "flux" in kind else noise
     program = "\n".join(lines).replace('"cuda"', '"cpu"').replace("bfloat16", "float32")
     monkeypatch.chdir(tmp_path)
     exec(program.replace('pipe("', 'pipe(latents=noise, prompt="'), {"noise": noise})
@@ -388,21 +393,21 @@ def comfy_sample(patcher, noise, cond, steps: int):
 
 
 @torch.no_grad()
-def test_the_comfyui_node_draws_the_picture_of_sample_py(tmp_path, comfy):
-    spec, model, autoencoder = parts = exported_pipeline(tmp_path, "flux")
-    export.write("comfyui", *parts, tmp_path / "dc-gen")
-    source = importlib.util.spec_from_file_location("node", tmp_path / "dc-gen" / "__init__.py")
+def test_the_comfyui_node_draws_the_picture_of_sample_py(tmp_path, monkeypatch, comfy):
+    spec, model, autoencoder = exported_pipeline(tmp_path, "flux-dynamic")
+    run_lora(monkeypatch, tmp_path, "comfyui")
+    source = importlib.util.spec_from_file_location("node", tmp_path / "comfyui" / "__init__.py")
     node = importlib.util.module_from_spec(source)
     source.loader.exec_module(node)
     loader, empty = (cls() for cls in node.NODE_CLASS_MAPPINGS.values())
-    assert [*node.NODE_CLASS_MAPPINGS] == ["DC-Gen dc-gen", "DC-Gen empty latent"]
+    assert [*node.NODE_CLASS_MAPPINGS] == ["DC-Gen comfyui", "DC-Gen empty latent"]
     patcher, vae = getattr(loader, loader.FUNCTION)()
     (latents,) = getattr(empty, empty.FUNCTION)(patcher, 64, 96, 2)
     assert latents["samples"].shape == (2, model.latent_channels, 96 // 8, 64 // 8)
     noise, text = sample.draw_noise([3], (model.latent_channels, 6, 4)), torch.randn(1, 5, 40)
     cond = (text, torch.randn(1, 32))
     images = vae.decode(comfy_sample(patcher, noise, (*cond, torch.full((1,), 3.5)), 5))
-    sigmas = sample.timesteps(5, "flux", shift=spec.shift)
+    sigmas = sample.timesteps(5, spec.schedule, tokens=(spec.size // 8) ** 2)
     ours = sample.decode(autoencoder, sample.sample(model, cond, noise, sigmas, 3.5))
     ours = ((ours.clamp(-1, 1) + 1) / 2).movedim(1, -1)
     print(f"largest difference {(images - ours).abs().max().item() * 255:.1e} of 255")
