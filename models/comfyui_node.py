@@ -5,7 +5,8 @@ What    "DC-Gen" gives MODEL and VAE of the files beside this one, "DC-Gen empty
         T5TokenizerOptions (min_length 512, as in training: ComfyUI pads to 256), FluxGuidance.
 Why     ComfyUI's own loader takes every FLUX for one of 16 channels in 2 x 2 patches.
 How     ComfyUI's FLUX with patch 1 and C channels, the run's timestep shift, and diffusers'
-        AutoencoderDC (`pip install diffusers`) as VAE.
+        AutoencoderDC (`pip install diffusers`) as VAE. It takes a ComfyUI that knows FLUX.2: an
+        older one's FLUX stops at patch 1, by the shape of its output.
 """
 
 import json
