@@ -384,11 +384,11 @@ def main() -> None:
     config = replace(config, out=str(runs.folder_of(config)))
     parts = plan(config)
     with runs.locked(Path(config.out)):
-        align(config, config.data or draw_pictures(config, *parts[:2], device), parts, device)
+        align(config, config.data or drawn_by_base(config, *parts[:2], device), parts, device)
     runs.finish()
 
 
-def draw_pictures(config: Config, base_spec: Spec, spec: Spec, device: torch.device) -> str:
+def drawn_by_base(config: Config, base_spec: Spec, spec: Spec, device: torch.device) -> str:
     """The folder of the pictures that the base draws of --prompts. Those that are there stay."""
     folder, prompts = Path(config.out) / "drawn", config.prompts
     if not prompts and not spec.is_toy:
