@@ -69,12 +69,13 @@ class Config:
     attention: str = ""  # torch | triton; "": torch, which on Hopper is cuDNN
     fast: bool = True  # on CUDA: fused kernels, nothing done twice, a CUDA graph; the same picture
     fp8: bool = False  # linear layers in e4m3: faster, lossy; SANA's convolutions stay in 16 bits
+    compile: bool = False  # on CUDA: torch.compile instead of our kernels, half a minute once; SANA
     device: str = ""  # "": cuda, then mps, then cpu
     dtype: str = ""  # of the weights: fp32, bf16, fp16; "": fp32 on the CPU and for toys, else bf16
 
 
 # What a picture depends on, and what its PNG remembers: not where it lies, nor on which list.
-ELSEWHERE = ("prompts", "out", "weights", "from_", "score", "attention")
+ELSEWHERE = ("prompts", "out", "weights", "from_", "score", "attention", "compile")
 RECIPE = [field.name for field in fields(Config) if field.name not in ELSEWHERE]
 
 
@@ -469,9 +470,12 @@ def precompute(
     return constants, {model.t_embedder: embedded, model.t_block: model.t_block(embedded)}
 
 
-def speed_up(transformer: nn.Module) -> Stepper:
-    """What `sample` steps with, for a model on a CUDA device: fused kernels where they run."""
-    if kernels.runs_on(next(transformer.parameters()).device):
+def speed_up(transformer: nn.Module, compiled: bool = False) -> Stepper:
+    """What `sample` steps with, for a model on a CUDA device: fused kernels, or torch's compiler."""
+    if compiled:
+        for block in transformer.blocks:  # those of a kind are compiled once
+            block.compile(dynamic=False)
+    elif kernels.runs_on(next(transformer.parameters()).device):
         kernels.fuse(transformer)
     return Stepper(transformer)
 
@@ -885,7 +889,7 @@ def draw_pictures(
         transformer.attention = attend
         if config.fp8:
             kernels.to_fp8(transformer)
-        stepper = speed_up(transformer) if is_fast else None
+        stepper = speed_up(transformer, config.compile) if is_fast else None
         if compiling:
             compiling.result()
     batches = torch.arange(len(jobs)).split(config.batch_size)
