@@ -471,7 +471,7 @@ def precompute(
 
 
 def speed_up(transformer: nn.Module, compiled: bool = False) -> Stepper:
-    """What `sample` steps with, for a model on a CUDA device: fused kernels, or torch's compiler."""
+    """What `sample` steps with, on a CUDA device: with fused kernels, or by torch's compiler."""
     if compiled:
         for block in transformer.blocks:  # those of a kind are compiled once
             block.compile(dynamic=False)
