@@ -364,8 +364,8 @@ def compare_autoencoders(
     """
     rows = pictures.held_out[0][: len(images)]
     decoded = {
-        "the base's autoencoder": sample.decode(old, pictures.base_latents[rows]),
-        "the new one": sample.decode(new, pictures.latents[rows]),
+        "the base's autoencoder": sample.decode(old, pictures.base_latents[rows]).cpu(),
+        "the new one": sample.decode(new, pictures.latents[rows]).cpu(),
     }
     size = [min(side, 512) for side in images.shape[2:]]
     columns = {name: sample.crop(c, size) for name, c in {"picture": images, **decoded}.items()}

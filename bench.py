@@ -7,13 +7,14 @@ What    python bench.py               on a GPU: all parts below, in under 10 min
             step        one call of the transformer; of DC-Gen-FLUX in FP8 and NVFP4 too
             decode      one call of the autoencoder
             picture     the steps and the decode, as a whole; --batch 16 for the throughput
-            ladder      DC-Gen-FLUX from eager to final: time, and error against fp32 weights
+            ladder      from eager to final, and torch.compile: time, and error against fp32 weights
+            solvers     how near fewer steps come to many: the toy, or --model X --prompts FILE
         --baseline diffusers adds stock diffusers. --train is for align.py and lora.py instead.
 How     Models of full size with random weights: latency does not depend on their values.
 Floor   A block of FLUX multiplies each of N tokens by 12 D^2 weights, and attends:
             operations = 24 N D^2 + 4 N^2 D                                                    (1)
         The floor of a step is its operations over the rates that `rates` and `attention` reached.
-CPU     Without a GPU: the toy, measured, and a roofline estimate for three GPUs, labelled as such.
+CPU     Without a GPU: `solvers`, and a roofline estimate for some GPUs, labelled as such.
 """
 
 import gc
@@ -26,6 +27,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import product
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +40,7 @@ import dcae
 import lora
 import quant
 import sample
-from models import data, flux, kernels, nvfp4, registry, runs, sana, script, vae, weights
+from models import data, flux, kernels, nvfp4, registry, runs, sana, script, toy, vae, weights
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,9 @@ class Config:
     limit: float = 560.0  # seconds; what would start later is left out, and named
     format: str = "fp8,nvfp4"  # DC-Gen-FLUX also with linear layers in these; "": 16 bits alone
     baseline: str = ""  # diffusers: stock diffusers too
+    model: str = "dc-gen-toy"  # of `solvers`: whatever sample.py takes
+    prompts: str = ""  # of `solvers`: a .txt or .jsonl as for sample.py; "": the toy's tasks
+    weights: str = ""  # of `solvers`: a folder to look in instead of the hub
     train: bool = False  # training steps of DC-Gen-FLUX instead; under torchrun on several GPUs
     device: str = ""  # "": cuda, then the CPU
 
@@ -122,7 +128,7 @@ def build(preset: str) -> nn.Module:
 
 
 def random_weights(make: Callable[[], nn.Module], bench: Bench, kind: str = "") -> nn.Module:
-    """With torch's initial values, the same each time; linear layers in the format `kind`."""
+    """Values as large as trained ones (errors depend on it); linear layers in the format `kind`."""
     torch.manual_seed(0)
     torch.set_default_dtype(bench.dtype)
     try:
@@ -130,6 +136,11 @@ def random_weights(make: Callable[[], nn.Module], bench: Bench, kind: str = "") 
             model = make().requires_grad_(False)
     finally:
         torch.set_default_dtype(torch.float32)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(0, parameter[0].numel() ** -0.5)
+        else:  # a bias is near 0, the scale of a norm near 1
+            parameter.normal_(float(name.endswith(("scale", "weight"))), 0.02)
     if kind:
         {"fp8": kernels.to_fp8, "nvfp4": quant.convert}[kind](model)
     return model
@@ -160,7 +171,7 @@ def measure(call: Callable[[], object], bench: Bench) -> dict:
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times, enough = [], 1000 * bench.config.seconds
-    while not times or times[0] < 4000 and (len(times) < 3 or sum(times) < enough):
+    while not times or times[0] < 2000 and (len(times) < 3 or sum(times) < enough):
         start = sample.clock(bench.device)
         call()
         times.append(1000 * (sample.clock(bench.device) - start))
@@ -224,8 +235,9 @@ def floor_ms(case: Case, kind: str, bench: Bench) -> float:
 
 # ---- parts: each yields rows, (part, label, {figure: value})
 
-PARTS = ("rates", "attention", "step", "decode", "picture", "ladder")
+PARTS = ("rates", "attention", "step", "decode", "picture", "ladder", "solvers")
 PRODUCTS = ((9216, 3072), (3072, 3072), (12288, 3072), (21504, 3072), (3072, 15360))  # FLUX's
+FEWER = (10, 8)  # calls of --solver ab2
 LENGTHS = (1536, 4608, 16896)  # tokens: DC-Gen 1K; DC-Gen 4K and base 1K; base 2K
 
 
@@ -262,7 +274,8 @@ def picture(case: Case, kind: str, parts: set[str], bench: Bench) -> Iterator:
     """A call of the transformer (of SANA two), one of the decoder, and the whole picture."""
     model = random_weights(partial(build, case.model), bench, kind)
     autoencoder = random_weights(partial(build, case.autoencoder), bench)
-    stepper, latents = sample.speed_up(model, autoencoder), bench.random(1, *case.latents)
+    stepper, latents = sample.speed_up(model), bench.random(1, *case.latents)
+    sample.speed_up_decoder(autoencoder)
     if parts & {"step", "picture"}:
         step = measure(one_step(case, stepper, random_text(case, bench)), bench)
     if "step" in parts:
@@ -271,39 +284,62 @@ def picture(case: Case, kind: str, parts: set[str], bench: Bench) -> Iterator:
         yield "step", case.label(kind), dict(tokens=case.tokens) | step | own
     if "decode" in parts and not kind:
         row = measure(lambda: autoencoder.decode(latents), bench)
-        rate = decode_operations(case) / row["ms"] / 1e9
-        yield "decode", f"{case.autoencoder} {case.size}", row | dict(tflop_s=rate)
+        row["tflop_s"] = decode_operations(case) / row["ms"] / 1e9
+        with tempfile.TemporaryDirectory() as out:  # a PNG of noise: the largest there is
+            job = sample.Config(size=f"{case.size}x{case.size}", out=f"{out}/x.png")
+            sample.save_pictures(
+                autoencoder, latents, [job], row
+            )  # seconds: decode, transfer, file
+        yield "decode", f"{case.autoencoder} {case.size}", row
     if "picture" in parts:
-        steps, batch = case.steps or bench.config.steps, bench.config.batch
-        run = max(1, min(steps, int(10_000 / batch / step["ms"])))  # of 10 s; the rest is added
-        spec = replace(registry.describe(case.model), steps=run)
-        given = (*random_text(case, bench, batch), [*range(batch)], case.latents[1:], stepper)
-        draw = partial(sample.draw_latents, model, spec, *given)
-        whole = measure(lambda: autoencoder.decode(draw()), bench)["ms"] / batch
-        seconds = (whole + (steps - run) * step["ms"]) / 1000
-        row = dict(seconds=seconds, steps_run=run, paper=case.paper)
-        base = bench.found.get("picture", {}).get(f"{case.family} {case.size}", row)
-        yield "picture", case.label(kind), row | dict(over_base=base["seconds"] / seconds)
+        yield from whole_pictures(case, kind, stepper, autoencoder, step["ms"], bench)
+
+
+def whole_pictures(case: Case, kind: str, stepper, autoencoder, step_ms: float, bench) -> Iterator:
+    """From noise to pixels. Of steps that take over 10 s some are run, and the rest is added."""
+    own, batch = registry.describe(case.model), bench.config.batch
+    rows = {"": ("picture", own.solver, case.steps or bench.config.steps)}
+    if case.name == "FLUX" or (case.name == "DC-Gen-FLUX" and kind == "fp8"):
+        rows |= {f", {n} ab2": ("fewer", "ab2", n) for n in FEWER}  # the base is faster by it, too
+    given = (*random_text(case, bench, batch), [*range(batch)], case.latents[1:], stepper)
+    took = {}  # by what was run
+    for ending, (part, solver, steps) in rows.items():
+        run = max(1, min(steps, int(10_000 / batch / step_ms)))
+        # Of few steps the model's own solver: what a solver computes takes no time.
+        spec = replace(own, steps=run, solver=solver if run == steps else own.solver)
+        if spec not in took:
+            draw = partial(sample.draw_latents, stepper.model, spec, *given)
+            took[spec] = measure(lambda: autoencoder.decode(draw()), bench)["ms"] / batch
+        row = dict(seconds=(took[spec] + (steps - run) * step_ms) / 1000, steps_run=run)
+        base = bench.found.get(part, {}).get(f"{case.family} {case.size}{ending}", row)
+        row = row | dict(paper=case.paper, over_base=base["seconds"] / row["seconds"])
+        yield part, case.label(kind) + ending, row
 
 
 def ladder(case: Case, bench: Bench) -> Iterator:
     """One thing more on every rung; the error is that of the velocity against fp32 weights."""
-    text, model = random_text(case, bench), random_weights(partial(build, case.model), bench)
+    make = partial(random_weights, partial(build, case.model), bench)
+    text, model = random_text(case, bench), make()
     truth = one_step(case, sample.Stepper(model.float(), False, False), text)().clone()
     model.to(bench.dtype)  # exact: these values came from there
-    rungs = [("eager", "", False, False), ("+ fused kernels", "", False, False)]
-    rungs += [("+ hoisting", "", True, False), ("+ CUDA graph", "", True, True)]
-    rungs += [(f"{kind.upper()} linears", kind, True, True) for kind in bench.formats[1:]]
-    for name, kind, hoist, graph in rungs:
-        if kind:
+    kinds = bench.formats[1:] if "FLUX" in case.name else ()
+    rungs = {"eager": "", "+ fused kernels": "", "+ hoisting": "", "+ CUDA graph": ""}
+    rungs |= {f"{kind.upper()} linears": kind for kind in kinds} | {"compile, not fused": ""}
+    for i, (name, kind) in enumerate(rungs.items()):
+        is_compiled = name.startswith("compile")
+        if kind or is_compiled:
             model = call = None
             gc.collect()  # a fused model holds itself, and the next one needs its room
-            model = random_weights(partial(build, case.model), bench, kind)
-        if name != "eager" and kernels.runs_on(bench.device):
-            kernels.fuse(model)
-        call = one_step(case, sample.Stepper(model, hoist, graph), text)
-        row = dict(error=quant.relative(call(), truth), kind="lossy" if kind else "lossless")
-        yield "ladder", f"{case.size} {name}", measure(call, bench) | row
+            torch.compiler.reset()
+            model = make(kind)
+        if name != "eager":
+            sample.speed_up(model, is_compiled)
+        start = sample.clock(bench.device)
+        call = one_step(case, sample.Stepper(model, hoist=i >= 2, graph=i >= 3), text)
+        first = sample.clock(bench.device) - start  # in which what is new compiles
+        row = dict(error=quant.relative(call(), truth), first_s=first)
+        row["kind"] = "lossy" if kind else "lossless"
+        yield "ladder", f"{case.label()} {name}", measure(call, bench) | row
 
 
 def diffusers(case: Case, bench: Bench) -> Iterator:
@@ -315,9 +351,42 @@ def diffusers(case: Case, bench: Bench) -> Iterator:
     step = measure(stock.step_call(make, case.model, case.tokens, bench.random), bench)["ms"]
     decode = measure(stock.decode_call(make, case.autoencoder, latents), bench)["ms"]
     seconds = (bench.config.steps * step + decode) / 1000
-    ours = {k: v["seconds"] for k, v in bench.found.get("picture", {}).items()}
+    ours = bench.found.get("picture", {}) | bench.found.get("fewer", {})
+    ours = {k: v["seconds"] for k, v in ours.items()}
     over = {f"over our {k}:": seconds / v for k, v in ours.items() if f"FLUX {case.size}" in k}
     yield "diffusers", case.label(), dict(step_ms=step, decode_ms=decode, seconds=seconds) | over
+
+
+def solvers(bench: Bench) -> Iterator:
+    """Median PSNR to the pictures of 60 AB2 steps, by solver and steps; a toy's score beside it."""
+    config, device = bench.config, bench.device
+    spec, is_gpu = registry.describe(config.model), device.type == "cuda"
+    if not (spec.is_toy or config.prompts):
+        raise script.UserError(f"--model {config.model}: wanted --prompts with it")
+    tasks = [] if config.prompts else toy.draw_prompts(100 if is_gpu else 6, seed=7)
+    pairs = [(task.text, i) for i, task in enumerate(tasks)]
+    prompts, seeds = zip(*(pairs or sample.read_prompts(config.prompts)))
+    dtype = bench.dtype if is_gpu and not spec.is_toy else torch.float32  # as sample.py has it
+    cond, null = sample.encode_text(spec, [*prompts], "", config.weights, device, dtype)
+    _, model, autoencoder = sample.load_pipeline(config.model, "", config.weights, device, dtype)
+    stepper = sample.speed_up(model) if is_gpu else None
+    grid = sample.latent_grid((spec.size, spec.size), autoencoder.stride, model.patch_size)
+
+    def draw(solver: str, steps: int) -> Tensor:  # (B, 3, H, W) on the CPU
+        images, how = [], replace(spec, solver=solver, steps=steps)
+        for rows in torch.arange(len(seeds)).split(100 if spec.is_toy else 1):
+            words, own = tuple(c[rows] for c in cond), [seeds[i] for i in rows]
+            latents = sample.draw_latents(model, how, words, null, own, grid, stepper)
+            images.append(sample.decode(autoencoder, latents).clamp(-1, 1).cpu())
+        return torch.cat(images)
+
+    exact = draw("ab2", 60)
+    for solver, steps in product(dict.fromkeys(("euler", "ab2", spec.solver)), (8, 10, 16, 20)):
+        images = draw(solver, steps)
+        row = dict(psnr=median(map(dcae.psnr, images, exact)), n=len(images))
+        if tasks:
+            row |= {k: v for k, v in toy.score(images, tasks).items() if k in ("seen", "held_out")}
+        yield "solvers", f"{config.model} {solver} {steps}", row
 
 
 def training(case: Case, stage: str, bench: Bench) -> Iterator:
@@ -338,56 +407,31 @@ def training(case: Case, stage: str, bench: Bench) -> Iterator:
         (lora.train if stage == "lora" else align.train_head)(model, pictures, config, spec)
         lines = runs.on_first(lambda: open(f"{out}/metrics.jsonl").readlines())
     seconds = sorted(json.loads(line)["seconds"] for line in lines if "loss" in line)[3]
-    # Four passes: two for align.py's eq. (3), one is computed again in backward, and the gradient.
-    rate = 4 * 4 * sum(step_operations(case)) / seconds / 1e12
-    of_16_bits = (row for row in bench.found["rates"].values() if row["format"] == "16 bits")
-    best = max(row["tflop_s"] for row in of_16_bits)
-    row = dict(seconds=seconds, pictures_per_s=config.batch_size / seconds, share=rate / best)
+    row = dict(seconds=seconds, pictures_per_s=config.batch_size / seconds)
     row["gib"] = torch.cuda.max_memory_allocated() / 2**30
     yield "train", f"{stage} {case.label()}", row
 
 
-# ---- without a GPU
-
-# Dense tensor-core rates of the data sheets, TFLOP/s: bf16 and FP8 with fp32 sums, NVFP4.
-HOPPER = {"bf16": 989, "FP8": 1979}
-GPUS = {"H100 SXM": HOPPER, "H200": HOPPER, "RTX 5090": {"bf16": 209.5, "FP8": 419, "NVFP4": 1676}}
+# Of data sheets, TFLOP/s by dense tensor cores: bf16 and FP8 with fp32 sums, NVFP4.
+HOPPER, BLACKWELL = {"bf16": 989, "FP8": 1979}, {"bf16": 209.5, "FP8": 419, "NVFP4": 1676}
+GPUS = {"H100 SXM, H200": HOPPER, "RTX 5090": BLACKWELL}
 # What stock parts reach of that on an H200 (cuBLAS, cuDNN; torch 2.11, CUDA 13.0).
 REACHED = {"products": 0.70, "fp8": 0.63, "attention": 0.60}
 
 
-def toy(bench: Bench) -> Iterator:
-    for name in ("flux-toy", "dc-gen-toy"):
-        spec, model, autoencoder = sample.load_pipeline(name, device=bench.device)
-        grid = sample.latent_grid((spec.size,) * 2, autoencoder.stride, model.patch_size)
-        case = Case(name, spec.size, name, "", (model.latent_channels, *grid), 0)
-        text = sample.encode_text(spec, ["a red circle"], "", "", bench.device, torch.float32)
-        latents = torch.randn(1, *case.latents, device=bench.device)
-        step = one_step(case, sample.Stepper(model, False, False), text)
-        yield "toy", f"{name} step", measure(step, bench)
-        yield "toy", f"{name} decode", measure(partial(autoencoder.decode, latents), bench)
-
-
-def estimate(bench: Bench) -> None:
-    """Operations over rates. No GPU was measured for this; memory traffic is not counted."""
-    rows = bench.found.setdefault("estimate", {})
-    shares = ", ".join(f"{share:.0%} of {name}" for name, share in REACHED.items())
-    print(f"\nESTIMATE, not measured: {bench.config.steps} steps (AnyFlow: 4) + decode, from"
-          f"\noperation counts and data sheets ({shares}; FP8 and NVFP4: linear layers alone)")  # fmt: skip
-    columns = [f"{gpu} {kind}" for gpu, rates in GPUS.items() for kind in rates]
-    print(f"\n{'seconds':25}{'tokens':>7}{'TFLOP':>8}" + "".join(f"{c:>16}" for c in columns))
+def estimate(bench: Bench) -> Iterator:
+    """Seconds by operations and data sheets; memory traffic is not counted."""
     for case in bench.cases:
         (products, attended), decoded = step_operations(case), decode_operations(case)
-        steps, cells = case.steps or bench.config.steps, []
-        for rates in GPUS.values():
+        steps = case.steps or bench.config.steps
+        row = dict(tokens=case.tokens, tflop=(steps * (products + attended) + decoded) / 1e12)
+        for gpu, rates in GPUS.items():
             rest = steps * attended / rates["bf16"] / REACHED["attention"]
             rest += decoded / rates["bf16"] / REACHED["products"]
-            for kind, rate in rates.items():
+            for kind, rate in rates.items():  # of linear layers
                 reached = rate * REACHED["products" if kind == "bf16" else "fp8"]
-                cells.append((steps * products / reached + rest) / 1e12)
-        tflop = (steps * (products + attended) + decoded) / 1e12
-        rows[case.label()] = dict(tokens=case.tokens, tflop=tflop) | dict(zip(columns, cells))
-        print(f"{case.label():25}{case.tokens:7}{tflop:8.0f}", *(f"{s:15.2f}" for s in cells))
+                row[f"{gpu} {kind}"] = (steps * products / reached + rest) / 1e12
+        yield "estimate", case.label(), row
 
 
 # ---- main
@@ -396,7 +440,8 @@ def estimate(bench: Bench) -> None:
 def plan(bench: Bench) -> Iterator:
     """What is measured, in order. Nothing begins before its rows are asked for."""
     config, cases = bench.config, bench.cases
-    parts = {"rates"} if config.train else {*(config.only or ",".join(PARTS)).split(",")}
+    every = ",".join(PARTS) if bench.device.type == "cuda" else "solvers"
+    parts = set() if config.train else {*(config.only or every).split(",")}
     if "rates" in parts:
         yield "rates", rates(bench)
     for name in ("flash", "cudnn", "ours") if "attention" in parts else ():
@@ -406,12 +451,14 @@ def plan(bench: Bench) -> Iterator:
             if not kind or case.name.startswith("DC-Gen-FLUX"):
                 yield case.label(kind), picture(case, kind, parts, bench)
     for case in cases:
-        if "ladder" in parts and case.name == "DC-Gen-FLUX" and case.size != 2048:
+        if "ladder" in parts and case.name in ("DC-Gen-FLUX", "SANA") and case.size != 2048:
             yield f"ladder {case.size}", ladder(case, bench)
         if config.baseline and case.family == "FLUX" and not case.steps:
             yield f"diffusers {case.label()}", diffusers(case, bench)
         for stage in ("align", "lora") if config.train and case.name == "DC-Gen-FLUX" else ():
             yield f"{stage} {case.label()}", training(case, stage, bench)
+    if "solvers" in parts:
+        yield "solvers", solvers(bench)
 
 
 def main() -> None:
@@ -421,12 +468,12 @@ def main() -> None:
     wanted |= dict(format=("fp8", "nvfp4"), baseline=("diffusers",))
     for flag, names in wanted.items():
         if unknown := {*getattr(config, flag).split(",")} - {"", *names}:
-            raise script.UserError(
-                f"--{flag} {','.join(unknown)}: wanted some of {','.join(names)}"
-            )
+            wrong = f"--{flag} {','.join(unknown)}"
+            raise script.UserError(f"{wrong}: wanted some of {','.join(names)}")
     if config.steps < 1 or config.batch < 1:
         raise script.UserError(f"--steps {config.steps} --batch {config.batch}: wanted 1 or more")
-    if device.type != "cuda" and (config.only or config.baseline or config.train):
+    needs_gpu = config.only not in ("", "solvers") or config.baseline or config.train
+    if device.type != "cuda" and needs_gpu:
         raise script.UserError(f"--only, --baseline and --train need a GPU, here is {device}")
     triton = getattr(kernels.triton, "__version__", None)
     facts = dict(stage="bench", torch=torch.__version__, triton=triton, commit=runs.commit())
@@ -443,12 +490,11 @@ def main() -> None:
         is_fp4 = nvfp4.pick_mode("", device) != "fake"  # that is simulated, and slow
         can = {"": True, "fp8": kernels.fp8_runs(device), "nvfp4": is_fp4}
         bench.formats = tuple(kind for kind in can if can[kind] and kind in config.format)
-        for label, rows in plan(bench):
-            keep(label, rows, bench)
-    else:
-        keep("toy", toy(bench), bench)
-        bench.found["toy"] = {label: row["ms"] for label, row in bench.found["toy"].items()}
-        estimate(bench)
+    for label, rows in plan(bench):
+        keep(label, rows, bench)
+    if device.type != "cuda" and not config.only:
+        print("\nESTIMATE, not measured: seconds by operations and data sheets")
+        keep("estimate", estimate(bench), bench)
     print(json.dumps(facts | {"config": asdict(config), **bench.found, "left_out": bench.left_out}))
     runs.finish()
 

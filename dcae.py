@@ -553,10 +553,15 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     return F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
+def to_pixels(images: Tensor) -> Tensor:
+    """(..., 3, H, W) in [-1, 1] -> 8 bits (..., H, W, 3) on the CPU, converted where they lie."""
+    pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return pixels.movedim(-3, -1).contiguous().cpu()
+
+
 def to_pil(image: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] -> a picture."""
-    pixels = (image.float().clamp(-1, 1) + 1) * 127.5
-    return Image.fromarray(pixels.round().byte().permute(1, 2, 0).cpu().numpy())
+    return Image.fromarray(to_pixels(image).numpy())
 
 
 @torch.no_grad()

@@ -476,7 +476,7 @@ def run(config: Config, device: torch.device, out: Path) -> None:
         return torch.cat(latents)
 
     seen, learned = range(len(shown)), range(len(shown), len(shown) + len(prompts))
-    images, layers = {"16-bit": sample.decode(autoencoder, draw(model, seen))}, {}
+    images, layers = {"16-bit": sample.decode(autoencoder, draw(model, seen)).cpu()}, {}
     calls = math.ceil(len(prompts) / batch) * sampled.steps
     calibrate = functools.partial(draw, model, learned)
     inputs = calibration_inputs(model, calibrate, calls, config.tokens)
@@ -493,7 +493,7 @@ def run(config: Config, device: torch.device, out: Path) -> None:
         notes |= {"layers": json.dumps(layers[way]), "spec": json.dumps(asdict(spec))}
         weights.save(path, state, notes)
         ours = nvfp4.load(path, device, dtype, config.mode)  # as a user will
-        images[way] = sample.decode(autoencoder, draw(ours, seen))
+        images[way] = sample.decode(autoencoder, draw(ours, seen)).cpu()
     other.unlink(missing_ok=True)
     print_layers(layers[chosen])
     figures = compare(images, layers, tasks)

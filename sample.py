@@ -68,13 +68,14 @@ class Config:
     score: int = 0  # toy models, instead of pictures: the score of so many prompts a task
     attention: str = ""  # torch | triton; "": torch, which on Hopper is cuDNN
     fast: bool = True  # on CUDA: fused kernels, nothing done twice, a CUDA graph; the same picture
-    fp8: bool = False  # linear layers in e4m3, a scale a row: faster, lossy
+    fp8: bool = False  # linear layers in e4m3: faster, lossy; SANA's convolutions stay in 16 bits
+    compile: bool = False  # on CUDA: torch.compile instead of our kernels, half a minute once; SANA
     device: str = ""  # "": cuda, then mps, then cpu
     dtype: str = ""  # of the weights: fp32, bf16, fp16; "": fp32 on the CPU and for toys, else bf16
 
 
 # What a picture depends on, and what its PNG remembers: not where it lies, nor on which list.
-ELSEWHERE = ("prompts", "out", "weights", "from_", "score", "attention")
+ELSEWHERE = ("prompts", "out", "weights", "from_", "score", "attention", "compile")
 RECIPE = [field.name for field in fields(Config) if field.name not in ELSEWHERE]
 
 
@@ -469,13 +470,26 @@ def precompute(
     return constants, {model.t_embedder: embedded, model.t_block: model.t_block(embedded)}
 
 
-def speed_up(transformer: nn.Module, autoencoder: nn.Module) -> Stepper:
-    """Fused kernels where they run; what `sample` steps with. For models on a CUDA device."""
-    if kernels.runs_on(next(transformer.parameters()).device):
+def speed_up(transformer: nn.Module, compiled: bool = False) -> Stepper:
+    """What `sample` steps with, on a CUDA device: with fused kernels, or by torch's compiler."""
+    if compiled:
+        for block in transformer.blocks:  # those of a kind are compiled once
+            block.compile(dynamic=False)
+    elif kernels.runs_on(next(transformer.parameters()).device):
         kernels.fuse(transformer)
-        kernels.fuse(autoencoder)
-        autoencoder.to(memory_format=torch.channels_last)  # what its fused functions read
     return Stepper(transformer)
+
+
+def speed_up_decoder(autoencoder: nn.Module) -> None:
+    """Fused kernels for a DC-AE on a CUDA device. They compile here, on a few latents."""
+    parameter = next(autoencoder.parameters())
+    if isinstance(autoencoder, dcae.DCAE) and kernels.runs_on(parameter.device):
+        kernels.fuse(autoencoder)
+        # What they read. Not for FLUX's autoencoder: torch's GroupNorm leaves this layout, and the
+        # next convolution comes back to it.
+        autoencoder.to(memory_format=torch.channels_last)
+    with torch.cuda.device_of(parameter):  # every thread has its own current device
+        decode(autoencoder, torch.zeros(1, autoencoder.latent_channels, 4, 4))
 
 
 # ---- pipeline
@@ -592,7 +606,7 @@ def score_toy(
         with runs.autocast(model):
             latents = draw_latents(model, spec, cond, null_cond, rows.tolist(), grid)
         images.append(decode(autoencoder, latents))
-    images = torch.cat(images).to(device)
+    images = torch.cat(images)
     return toy.score(images, prompts), images
 
 
@@ -637,7 +651,7 @@ def shift_of(spec: Spec, tokens: int, channels: int) -> float:
 
 @torch.no_grad()
 def decode(autoencoder: nn.Module, latents: Tensor) -> Tensor:
-    """(B, C, h, w) -> images (B, 3, H, W) on the CPU; in tiles if memory is short."""
+    """(B, C, h, w) -> images (B, 3, H, W) in fp32, there; in tiles if memory is short."""
     parameter, images = next(autoencoder.parameters()), []
     pixels = latents[0, 0].numel() * autoencoder.stride**2  # of one picture
     # Small ones together: one alone leaves a GPU idle, and eight toys fit a CPU's caches.
@@ -650,7 +664,7 @@ def decode(autoencoder: nn.Module, latents: Tensor) -> Tensor:
         if decoded is None:
             torch.cuda.empty_cache()
             decoded = torch.cat([dcae.tiled_decode(autoencoder, one) for one in some.split(1)])
-        images.append(decoded.float().cpu())
+        images.append(decoded.float())
     return torch.cat(images)
 
 
@@ -695,14 +709,19 @@ def save_sheet(path: Path, columns: dict[str, Tensor], rows: list[str]) -> None:
     weights.write_whole(path, sheet.save)
 
 
-def save_pictures(autoencoder: nn.Module, latents: Tensor, jobs: list[Config]) -> None:
+def save_pictures(
+    autoencoder: nn.Module, latents: Tensor, jobs: list[Config], seconds: dict[str, float]
+) -> None:
     """Decode, crop, write. The latents took minutes: if that fails, they are kept."""
     if not torch.isfinite(latents).all():
         raise UserError(f"the latents hold NaN or Inf in {jobs[0].dtype}: try --dtype bf16 or fp32")
     try:
-        images = crop(decode(autoencoder, latents), parse_size(jobs[0].size))
-        with ThreadPoolExecutor(8) as pool:  # zlib does not hold the GIL
-            list(pool.map(write, images, jobs))
+        with timed(seconds, "decode", latents.device):
+            images = crop(decode(autoencoder, latents), parse_size(jobs[0].size))
+        with timed(seconds, "transfer", latents.device):
+            pixels = dcae.to_pixels(images)
+        with timed(seconds, "file", latents.device), ThreadPoolExecutor(8) as pool:
+            list(pool.map(write, pixels, jobs))  # zlib does not hold the GIL
     except (RuntimeError, OSError) as error:  # no memory, on any device; no room on the disk
         for job, single in zip(jobs, latents.split(1)):
             kept = Path(job.out).with_suffix(".latents.safetensors")
@@ -713,14 +732,14 @@ def save_pictures(autoencoder: nn.Module, latents: Tensor, jobs: list[Config]) -
         ) from error
 
 
-def write(image: Tensor, job: Config) -> None:
+def write(pixels: Tensor, job: Config) -> None:
     """A PNG with its recipe; for --prompts its caption first, as align.py --data reads it."""
     path, notes = Path(job.out), PngImagePlugin.PngInfo()
     if job.prompts:
         path.with_suffix(".txt").write_text(" ".join(job.prompt.split()) + "\n")
     notes.add_text("recipe", json.dumps(recipe_of(job)))
     how = dict(pnginfo=notes, compress_level=1)  # at 4096 x 4096 1 s instead of 3
-    weights.write_whole(path, lambda file: dcae.to_pil(image).save(file, **how))
+    weights.write_whole(path, lambda file: Image.fromarray(pixels.numpy()).save(file, **how))
 
 
 def recipe_of(job: Config) -> dict:
@@ -834,7 +853,7 @@ def main() -> None:
     if given.endswith(".safetensors"):
         latents = weights.open_checkpoint(Path(given)).get("latents")
         autoencoder = load_autoencoder(spec.autoencoder, config.weights, device, dtype)
-        save_pictures(autoencoder, latents, jobs)
+        save_pictures(autoencoder, latents, jobs, {})
         return print(json.dumps({"stage": "decode", "files": [jobs[0].out]}))
     if config.prompts:  # an interrupted list goes on with what is missing or of another recipe
         jobs = [job for job in jobs if not is_made(job)]
@@ -857,25 +876,30 @@ def draw_pictures(
         f"{spec.steps} {spec.solver} steps, guidance {spec.guidance:g} | {config.dtype} | "
         f"seed {config.seed} | {config.device}, {attention_name} attention"
     )
+    is_fast, threads = config.fast and device.type == "cuda", ThreadPoolExecutor(1)
+    with timed(seconds, "load", device):
+        autoencoder = load_autoencoder(spec.autoencoder, config.weights, device, dtype)
+    # Its kernels compile while text encoders and weights are read.
+    compiling = threads.submit(speed_up_decoder, autoencoder) if is_fast else None
     with timed(seconds, "text", device):
         how = (config.negative_prompt, config.weights, device, dtype)
         cond, null_cond = encode_text(spec, [job.prompt for job in jobs], *how)
     with timed(seconds, "load", device):
-        _, transformer, autoencoder = load_pipeline(*parts, device, dtype)
+        transformer = load_transformer(spec, config.weights, device, dtype)
         transformer.attention = attend
         if config.fp8:
             kernels.to_fp8(transformer)
-        is_fast = config.fast and device.type == "cuda"
-        stepper = speed_up(transformer, autoencoder) if is_fast else None
+        stepper = speed_up(transformer, config.compile) if is_fast else None
+        if compiling:
+            compiling.result()
     batches = torch.arange(len(jobs)).split(config.batch_size)
     with tqdm(total=len(batches) * spec.steps, desc="sample", unit="step") as bar:
         for rows in batches:
             some, words = [jobs[i] for i in rows], tuple(c[rows] for c in cond)
             given = (spec, words, null_cond, [job.seed for job in some], grid, stepper, bar)
-            with timed(seconds, "sample", device):
+            with timed(seconds, "steps", device):
                 latents = draw_latents(transformer, *given)
-            with timed(seconds, "decode", device):
-                save_pictures(autoencoder, latents, some)
+            save_pictures(autoencoder, latents, some, seconds)
     print("\nseconds  " + ", ".join(f"{phase} {value:.2f}" for phase, value in seconds.items()))
     print(f"saved    {jobs[0].out}" + f" and {len(jobs) - 1} more" * (len(jobs) > 1))
     print(f"next     python sample.py --from {jobs[0].out}   # the same picture again")

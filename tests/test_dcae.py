@@ -346,6 +346,16 @@ def saved_model(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pixels_are_rounded_and_clamped_in_any_layout(layout):
+    images = torch.linspace(-1.5, 1.5, 2 * 3 * 4 * 5).view(2, 3, 4, 5)
+    pixels = dcae.to_pixels(images.contiguous(memory_format=layout))
+    expected = ((images + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1)
+    assert pixels.dtype == torch.uint8 and pixels.is_contiguous()
+    assert torch.equal(pixels.float(), expected) and expected.min() == 0 < 255 == expected.max()
+    assert dcae.to_pil(images[1]).tobytes() == bytes(pixels[1].flatten().tolist())
+
+
 def test_the_command_writes_the_picture_and_ends_with_json(tmp_path, monkeypatch, capsys):
     file, out = saved_model(tmp_path), tmp_path / "new" / "out.png"
     Image.new("RGB", (29, 21), (10, 200, 90)).save(tmp_path / "photo.jpg")

@@ -51,8 +51,8 @@ def test_the_training_loop_stands_in_both_scripts_line_for_line():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_script_has_at_most_twenty_flags(stage):
-    assert len(fields(importlib.import_module(stage).Config)) <= 20
+def test_a_script_has_at_most_22_flags(stage):
+    assert len(fields(importlib.import_module(stage).Config)) <= 22
 
 
 def test_the_objective_begins_within_120_lines():

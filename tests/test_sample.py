@@ -295,6 +295,7 @@ def test_any_size_is_made_on_the_next_larger_grid_and_cropped(toy, monkeypatch, 
     odd = run(monkeypatch, capsys, *flags, "--size", "61x35", "--out", "odd.png")
     whole = run(monkeypatch, capsys, *flags, "--size", "64x48", "--out", "whole.png")
     assert odd["tokens"] == whole["tokens"] == 4 * 3
+    assert {*odd["seconds"]} == {"text", "load", "steps", "decode", "transfer", "file"}
     assert torch.equal(pixels("odd.png"), pixels("whole.png")[6:41, 1:62])
 
 

@@ -89,6 +89,24 @@ def test_what_is_computed_before_the_first_step_changes_nothing(make):
     assert torch.equal(run(made, sample.Stepper(made[0], hoist=False, graph=False)), expected)
 
 
+@pytest.mark.parametrize("make, kinds", [(make_flux, 2), (make_sana, 1)])
+def test_blocks_of_a_kind_are_compiled_once_hoisting_or_not(make, kinds, monkeypatch):
+    """By a backend that takes no time: what counts is that no step and no block makes it start."""
+    made, compile_block, graphs = make(), nn.Module.compile, []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda m, **how: compile_block(m, backend=counting, **how)
+    )
+    expected = run(made, None)
+    sample.speed_up(made[0], compiled=True)
+    ours = run(made, sample.Stepper(made[0], graph=False))
+    assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-5) and len(graphs) == kinds
+
+
 @pytest.mark.parametrize("make", [make_flux, make_flow_map, make_sana])
 def test_other_words_replace_those_of_the_batch_before(make):
     model, cond, guidance, null, solver = made = make()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dcae import tiled_decode
 from models.script import UserError
-from models.vae import PRESETS, FluxVAE, name_rows
+from models.vae import PRESETS, AttnBlock, FluxVAE, name_rows
 from models.weights import Checkpoint, build, check
 
 MINI = "flux_vae_mini_diffusers"
@@ -182,6 +182,16 @@ def test_it_trains_under_autocast_and_keeps_its_config(attention):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     again = FluxVAE(**json.loads(json.dumps(model.config)))
     assert again.state_dict().keys() == model.state_dict().keys()
+
+
+def test_attention_does_not_write_down_all_scores(monkeypatch):
+    """torch's kernels that need no (h w)^2 matrix read rows: a transposed view would not do."""
+    seen, attend = [], nn.functional.scaled_dot_product_attention
+    attention = "scaled_dot_product_attention"
+    monkeypatch.setattr(nn.functional, attention, lambda *qkv: seen.extend(qkv) or attend(*qkv))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        AttnBlock(8, 4)(torch.randn(1, 8, 3, 5).contiguous(memory_format=layout))
+    assert len(seen) == 6 and all(tensor.is_contiguous() for tensor in seen)
 
 
 def test_tiles_serve_this_autoencoder_too():
