@@ -261,9 +261,10 @@ def product_kernel(
 
 
 INPUT_TILE = (32, 128, 4)  # (BLOCK_M, BLOCK_K, warps)
-REBUILD_TILE = (128, 64, 4)  # (BLOCK_N, BLOCK_K, warps)
+REBUILD_TILE = (128, 64, 4)  # (BLOCK_N, BLOCK_K, warps for a rank up to 128)
 PRODUCT_TILE = (128, 128, 128, 8, 4)  # (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages)
 WHOLE = 256  # channels: a multiple of every BLOCK_K, and scales begin at whole 16 bytes
+MOST_RANK = 256  # beyond it the branch does not fit into the shared memory of sm_89 and sm_120
 
 
 def w4a8_linear(hidden: Tensor | RowScaledFP8, layer: QuantLinear) -> Tensor:
@@ -281,7 +282,7 @@ def rebuild(layer: QuantLinear) -> Tensor:
     rebuild_kernel[(triton.cdiv(n, block_n), triton.cdiv(k, block_k))](
         layer.packed, layer.scales, layer.smooth, layer.down, layer.up, layer.weight_scale, out,
         layer.tensor_scale, n, k, groups, R=layer.rank, RANK=layer.rank_tile,
-        BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps,
+        BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps * max(layer.rank_tile // 128, 1),
     )  # fmt: skip
     return out
 
@@ -322,12 +323,14 @@ def quantize_inputs(hidden: Tensor, layer: QuantLinear) -> tuple[Tensor, Tensor]
 
 def pick_mode(mode: str, device: torch.device) -> str:
     """fake | w4a4 | w4a8; "": the best of this device."""
-    possible = ["fake"]
+    possible, remark = ["fake"], ""
     if kernels.runs_on(device) and kernels.fp8_runs(device):
-        is_blackwell = torch.cuda.get_device_capability(device)[0] in (10, 12)
-        possible = ["w4a4"] * is_blackwell + ["w4a8", "fake"]  # the best first
+        capability = torch.cuda.get_device_capability(device)
+        possible = ["w4a4"] * (capability[0] in (10, 12)) + ["w4a8", "fake"]  # the best first
+        if capability == (12, 1) and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
+            possible, remark = possible[1:], ", or Triton 3.8 for w4a4 on sm_121"
     if mode and mode not in possible:
-        raise UserError(f"--mode {mode} does not run here: wanted {' or '.join(possible)}")
+        raise UserError(f"--mode {mode} does not run here: wanted {' or '.join(possible)}{remark}")
     return mode or possible[0]
 
 
@@ -336,7 +339,8 @@ def use(model: nn.Module, mode: str = "") -> str:
     mode = pick_mode(mode, next(model.parameters()).device)
     for layer in model.modules():
         if mode != "fake" and isinstance(layer, QuantLinear) and layer.activations == 4:
-            if layer.in_features % 16 == 0 and layer.out_features % 16 == 0:
+            fits = layer.in_features % 16 == layer.out_features % 16 == 0
+            if fits and layer.rank <= MOST_RANK:
                 make_real(layer, mode)
     return mode
 

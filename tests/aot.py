@@ -25,6 +25,7 @@ POINTERS = {
     "torch.float8_e4m3fn": "*fp8e4nv",
     "torch.uint8": "*u8",
 }
+SHARED = {89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a program may have, by capability
 MMA = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*")
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
@@ -93,6 +94,9 @@ class Recorder:
             value = given[name]
             if "constexpr" in str(parameter.annotation) or value is None:
                 constants[name] = value
+            elif hasattr(value, "block_shape"):  # a descriptor
+                tile = ", ".join(map(str, value.block_shape))
+                signature[name] = f"tensordesc<{POINTERS[str(value.base.dtype)][1:]}[{tile}]>"
             elif hasattr(value, "dtype"):
                 signature[name] = POINTERS[str(value.dtype)]
             elif isinstance(value, float):
@@ -105,12 +109,15 @@ class Recorder:
             self.jobs.append(job)
 
 
-def compile_all(jobs: list[list], capabilities: tuple[int, ...] = (90, 120)) -> list[dict]:
+def compile_all(jobs: list[list], capabilities: tuple[int, ...] = (90, 100, 120)) -> list[dict]:
     """In a process of its own; [module, kernel, signature, constants, options] a job."""
     command = [sys.executable, __file__, json.dumps(jobs), *map(str, capabilities)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    rows = json.loads(done.stdout.splitlines()[-1])
+    too_large = [row for row in rows if row["shared"] > SHARED[row["sm"]] * 1024]
+    assert not too_large, too_large  # they would compile here and fail there, at the launch
+    return rows
 
 
 def main() -> None:

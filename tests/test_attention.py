@@ -134,26 +134,24 @@ def test_torchs_attention_is_the_default_and_the_kernel_is_refused_where_it_does
         sample.pick_attention("flash", cpu, torch.bfloat16)
 
 
-def test_it_compiles_for_hopper_and_blackwell_without_spilling(capsys):
+def test_it_compiles_for_hopper_and_blackwell_without_spilling(capsys, monkeypatch):
     import aot
 
     rows = []
-    for capability, tile in ((90, sample.HOPPER_TILE), (120, sample.TILE)):
-        m, n, warps, stages, registers = tile
-        options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
+    for capability, tile in ((90, sample.HOPPER_TILE), (100, sample.TILE), (120, sample.TILE)):
         jobs = []
-        for head_dim, ragged in ((32, True), (64, False), (128, False), (128, True)):
-            block = {"q": m, "k": n, "v": n, "out": m}
-            signature = {t: f"tensordesc<bf16[1, 1, {n}, {head_dim}]>" for t, n in block.items()}
-            signature |= {"bias": "*fp32", "scale": "fp32"}
-            signature |= dict.fromkeys(("bias_stride", "keys", "heads"), "i32")
-            constants = dict(BLOCK_M=m, BLOCK_N=n, BLOCK_D=head_dim, STAGES=stages)
-            constants |= dict(HAS_BIAS=False, RAGGED=ragged)
-            jobs.append(["sample", "attention_kernel", signature, constants, options])
+        recorder = aot.Recorder("sample", "attention_kernel", sample.attention_kernel, jobs)
+        with monkeypatch.context() as patch, torch.device("meta"):
+            patch.setattr(sample, "attention_kernel", recorder)
+            for dim in (16, 32, 64, 128):
+                q, k = (torch.ones(1, 2, n, dim).bfloat16() for n in (128, 100))
+                sample.triton_attention(q, q, q, tile=tile)
+                sample.triton_attention(q, k, k, torch.ones(1, 1, 1, 100), tile=tile)  # ragged
         rows += aot.compile_all(jobs, (capability,))
+    assert len(rows) == 24
     for row in rows:
         with capsys.disabled():
             print(f"\n  attention sm_{row['sm']}: {row['registers']} registers", end="")
-        wanted = "wgmma" if row["sm"] == 90 else "mma.sync"
+        wanted = {90: "wgmma", 100: "tcgen05.mma", 120: "mma.sync"}[row["sm"]]
         assert row["tma"] and any(wanted in name for name in row["mma"])
         assert row["spilled"] <= 8  # a stack frame of 8 bytes is not a spill

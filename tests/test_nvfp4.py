@@ -143,65 +143,52 @@ def test_the_kernels_codes_are_those_of_the_definition(k):
 # Compiled for GPUs that are not here. What they do is then only known as far as above.
 
 
-def product_job(rank: int) -> list:
-    block_m, block_n, block_k, warps, stages = nvfp4.PRODUCT_TILE
-    signature = {
-        "inputs": f"tensordesc<u8[{block_m}, {block_k // 2}]>", "input_scales": "*fp8e4nv",
-        "weight": f"tensordesc<u8[{block_n}, {block_k // 2}]>",
-        "weight_scales": "*fp8e4nv", "tensor_scale": "fp32", "branch": "*bf16", "up": "*bf16",
-        "bias": "*bf16", "out": "*bf16", "M": "i32", "N": "i32", "groups": "i32",
-    }  # fmt: skip
-    constants = dict(R=rank, RANK=rank, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k)
-    options = dict(num_warps=warps, num_stages=stages)
-    return ["models.nvfp4", "product_kernel", signature, constants, options]
+RANKS = [0, 16, 32, 64, 128, nvfp4.MOST_RANK]
 
 
-def quantize_job() -> list:
-    signature = {"hidden": "*bf16", "smooth": "*bf16", "data": "*u8", "scales": "*fp8e4nv"}
-    signature |= dict.fromkeys(("M", "K", "hidden_stride", "groups"), "i32")
-    block_m, block_k, warps = nvfp4.INPUT_TILE
-    constants = dict(BLOCK_M=block_m, BLOCK_K=block_k)
-    return ["models.nvfp4", "quantize_kernel", signature, constants, dict(num_warps=warps)]
+@pytest.fixture
+def compiled(monkeypatch):
+    """(mode, capabilities) -> what a FLUX layer launches there, of every rank, compiled."""
+    import aot
 
+    def compile_layer(mode: str, capabilities: tuple[int, ...]) -> list[dict]:
+        jobs = []
+        for name in ("quantize_kernel", "product_kernel", "rebuild_kernel"):
+            recorder = aot.Recorder("models.nvfp4", name, getattr(nvfp4, name), jobs)
+            monkeypatch.setattr(nvfp4, name, recorder)
+        with torch.device("meta"):
+            linear, hidden = nn.Linear(3072, 3072).bfloat16(), torch.ones(4608, 3072).bfloat16()
+            for rank in RANKS:
+                layer = QuantLinear(linear, rank, 4, 1.0).bfloat16()
+                layer.scales = layer.scales.to(torch.float8_e4m3fn)
+                layer.weight_scale = torch.empty(3072, 1)
+                nvfp4.rebuild(layer) if mode == "w4a8" else nvfp4.w4a4_linear(hidden, layer)
+        rows = aot.compile_all(jobs, capabilities)
+        for row in rows:
+            print("sm{sm} {kernel}: {registers} registers, {spilled} bytes spilled".format(**row))
+            assert row["registers"] <= 255 and row["spilled"] <= 16
+        return rows
 
-def rebuild_job(rank: int) -> list:
-    signature = {"packed": "*u8", "scales": "*fp8e4nv", "tensor_scale": "fp32"}
-    signature |= dict.fromkeys(("N", "K", "groups"), "i32")
-    signature |= dict.fromkeys(("smooth", "down", "up"), "*bf16")
-    signature |= {"row_scale": "*fp32", "out": "*fp8e4nv"}
-    block_n, block_k, warps = nvfp4.REBUILD_TILE
-    constants = dict(R=rank, RANK=rank, BLOCK_N=block_n, BLOCK_K=block_k)
-    return ["models.nvfp4", "rebuild_kernel", signature, constants, dict(num_warps=warps)]
-
-
-SHARED = {89: 99, 90: 227, 100: 227, 120: 99}  # KiB that a program may have
-
-
-def compiled(jobs: list[list], *capabilities: int) -> list[dict]:
-    import aot  # which switches the interpreter off: after all kernels are defined
-
-    rows = aot.compile_all(jobs, capabilities)
-    for row in rows:
-        print("sm{sm} {kernel}: {registers} registers, {spilled} bytes spilled".format(**row))
-        assert row["registers"] <= 255 and row["spilled"] <= 16
-        assert row["shared"] <= SHARED[row["sm"]] * 1024
-    return rows
+    return compile_layer
 
 
 needs_compiler = pytest.mark.skipif(kernels.triton is None, reason="needs Triton")
 
 
 @needs_compiler
-def test_blackwell_multiplies_four_bits_by_four_bits():
-    for row in compiled([product_job(32), product_job(64)], 100, 120):
+def test_blackwell_multiplies_four_bits_by_four_bits(compiled):
+    rows = [row for row in compiled("w4a4", (100, 120)) if row["kernel"] == "product_kernel"]
+    assert len(rows) == 2 * len(RANKS)
+    for row in rows:
         assert any("kind::mxf4nvf4.block_scale" in name for name in row["mma"]), row
-    compiled([quantize_job()], 100, 120)
 
 
 @needs_compiler
-def test_fp8_tensor_cores_get_weights_that_are_rebuilt_in_registers():
-    for row in compiled([rebuild_job(32), rebuild_job(64)], 89, 90, 120):
-        assert row["mma"], row  # the branch is a product of tensor cores too
+def test_fp8_tensor_cores_get_weights_that_are_rebuilt_in_registers(compiled):
+    rows = compiled("w4a8", (89, 90, 100, 120))
+    assert len(rows) == 4 * len(RANKS)
+    # The branch is a product of tensor cores too.
+    assert sum(bool(row["mma"]) for row in rows) == 4 * len(RANKS[1:])
 
 
 ALL = ["w4a4", "w4a8", "fake"]
@@ -221,10 +208,23 @@ def test_a_gpu_computes_in_the_best_mode_of_its_tensor_cores(capability, modes, 
             nvfp4.pick_mode(mode, gpu)
 
 
-def test_only_multiples_of_16_go_to_tensor_cores(monkeypatch):
-    layers = [random_layer(40, 24, 3), random_layer(48, 32, 3)]
+def test_sm_121_is_told_which_triton_it_needs(monkeypatch):
+    monkeypatch.setattr(kernels, "runs_on", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 1))
+    gpu = torch.device("cuda")
+    for version, best in (("3.8.0", "w4a4"), ("3.7.0", "w4a8"), ("3.10.0", "w4a4")):
+        monkeypatch.setattr(nvfp4.triton, "__version__", version)
+        assert nvfp4.pick_mode("", gpu) == best
+    monkeypatch.setattr(nvfp4.triton, "__version__", "3.6.0")
+    with pytest.raises(UserError, match="wanted w4a8 or fake, or Triton 3.8 for w4a4 on sm_121"):
+        nvfp4.pick_mode("w4a4", gpu)
+
+
+def test_only_what_fits_goes_to_tensor_cores(monkeypatch):
+    layers = [random_layer(40, 24, 3), random_layer(48, 32, 3), random_layer(48, 32, 3)]
+    layers[2].rank = nvfp4.MOST_RANK + 1
     model = nn.Sequential(*layers, nn.Linear(1, 1).to(DEVICE))
     assert nvfp4.use(model, "fake") == "fake" and {layer.mode for layer in layers} == {"fake"}
     monkeypatch.setattr(nvfp4, "pick_mode", lambda mode, device: mode)
     nvfp4.use(model, "w4a8")
-    assert [layer.mode for layer in layers] == ["fake", "w4a8"]
+    assert [layer.mode for layer in layers] == ["fake", "w4a8", "fake"]
