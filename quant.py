@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import dcae
 import sample
-from models import nvfp4, registry, runs, script, toy, weights
+from models import export, nvfp4, registry, runs, script, toy, weights
 from models.flux import Flux
 from models.nvfp4 import BLOCK, QuantLinear, into_blocks, round_activations, round_blocks
 from models.registry import Spec
@@ -63,6 +63,7 @@ class Config:
     ladder: bool | None = None  # plain, + smoothing, ... each in full; unless given, for toys only
     per_task: int = 12  # toy prompts of each task to score by
     steps: int = 0  # of the sampler; 0: the model's own
+    export: str = ""  # nunchaku: no quantizing, what diffusers loads of a finished run
     seed: int = 0
     device: str = ""  # "": cuda, or cpu
     dtype: str = ""  # of what stays in 16 bits; "": fp32 on the CPU and for toys, else bf16
@@ -436,6 +437,8 @@ def print_layers(layers: dict[str, dict]) -> None:
 
 def main() -> None:
     config = script.parse_config(Config, __doc__)
+    if config.export:
+        return export.write_quantized(config.export, runs.folder_of(config))
     device = script.pick_device(config.device)
     if device.type == "mps":  # which has no float8
         device = torch.device("cpu")
