@@ -2,8 +2,8 @@
 
 What    --adapter FILE[:scale]: for FLUX from diffusers, peft, kohya or ComfyUI, for SANA from
         diffusers or peft. FILE may be the folder around it.
-How     W' = W + scale * alpha / r * B A in fp32, A (r, in), B (out, r). Several layers of diffusers
-        are one of ours, their rows stacked. kohya's names are ours with _ for every dot.
+How     W' = W + scale * alpha / r * B A in fp32, A (r, in), B (out, r), in the rows of W that a
+        layer of diffusers has in ours. kohya's names are ours with _ for every dot.
 Runs    A base with an adapter is another base: a run's header keeps its adapters, and they are
         merged again wherever the run is loaded, but not into tensors that the run replaces.
 Strict  Every tensor finds its place or the file is refused. LoRA of text encoders alone is left
@@ -25,7 +25,6 @@ from models.weights import Checkpoint, Rows, open_checkpoint, parse_json, read_j
 
 # Of peft, ComfyUI, diffusers, kohya, OneTrainer.
 PREFIX = re.compile(r"^(((base|diffusion)_)?model\.|transformer\.|lora_(unet|transformer)_)+")
-TEXT_ENCODER = re.compile(r"lora_te|text_encoder|te\d?[._]")
 DOWN = re.compile(r"(.+)\.lora([_.])(A|down)((?:\.default)?\.weight)")
 UP = {"A": "B", "down": "up"}
 Updates = dict[str, list[Callable[[Tensor], Tensor]]]  # by our weight: what adds to it
@@ -55,7 +54,7 @@ def places_of(model: nn.Module, rows: Rows) -> dict[str, tuple[str, Tensor, int]
     for name, weight in model.state_dict().items():
         if name.endswith(".weight") and weight.dim() > 1:
             (parts, join), order = rows[name], torch.arange(len(weight))
-            # Equal parts, but for linear1: behind q, k and v is an MLP as wide as four of them.
+            # Equal parts, but in linear1 an MLP as wide as four of them is behind q, k and v.
             width = len(order) // (7 if len(parts) == 4 else len(parts))
             pieces = order.tensor_split([i * width for i in range(1, len(parts))])
             if join and len(parts) == 1:  # swapped halves
@@ -68,7 +67,7 @@ def places_of(model: nn.Module, rows: Rows) -> dict[str, tuple[str, Tensor, int]
 
 def add_file(updates: Updates, file: Checkpoint, scale: float, places: dict, owned: dict) -> None:
     """What a file adds to weights that the run does not own. UserError: a tensor finds no place."""
-    text = [name for name in file.shapes if TEXT_ENCODER.match(name)]
+    text = [name for name in file.shapes if re.match(r"lora_te|text_enc|te\d?[._]", name)]
     names = [name for name in file.shapes if name not in text]
     odd, pairs = {*names}, [match.groups() for match in map(DOWN.fullmatch, names) if match]
     for layer, mark, half, end in pairs:
@@ -91,15 +90,14 @@ def add_file(updates: Updates, file: Checkpoint, scale: float, places: dict, own
 
 def alpha_over_rank(file: Checkpoint, layer: str, rank: int) -> float:
     """alpha: the layer's own tensor, else what diffusers' header or peft's config says, else r."""
-    beside = file.path.with_name("adapter_config.json")
+    beside, is_peft = file.path.with_name("adapter_config.json"), file.path.stem == "adapter_model"
     header = file.metadata.get("lora_adapter_metadata", "{}").replace('"transformer.', '"')
-    facts = read_json(beside) if beside.exists() else parse_json(header, str(file.path))
+    facts = read_json(beside) if is_peft and beside.exists() else parse_json(header, str(file.path))
     try:
         kinds = (facts.get("alpha_pattern") or {}).items()
         special = [alpha for key, alpha in kinds if re.search(rf"(^|\.)({key})$", layer)]
-        alpha = [*special, facts.get("lora_alpha", rank)][0]
-        if f"{layer}.alpha" in file.shapes:
-            alpha = file.get(f"{layer}.alpha").item()
+        own = [file.get(name).item() for name in [f"{layer}.alpha"] if name in file.shapes]
+        alpha = [*own, *special, facts.get("lora_alpha", rank)][0]
         return alpha / (math.sqrt(rank) if facts.get("use_rslora") else rank)
     except (TypeError, AttributeError, RuntimeError, ZeroDivisionError, re.error) as error:
         raise UserError(f"--adapter {file.path}: no alpha of {layer} ({error})") from None
