@@ -272,7 +272,8 @@ def finetune(config: Config, start: str, device: torch.device) -> None:
     torch.manual_seed(config.seed)
     spec = registry.describe(start)
     run = registry.open_run(spec, config.weights) if spec.stage in ("align", "lora") else None
-    header, adapter = (run.metadata, "") if run else ({}, config.adapter)  # merged here
+    # A run has what it stands on in its header; into a model of others it is merged here.
+    header, adapter = (run.metadata, "") if run else ({}, config.adapter)
     if run and (below := header.get("adapters", "")) != config.adapter:
         raise UserError(f"{run.path} stands on --adapter {below!r}, not {config.adapter!r}")
     spec = replace(spec, size=config.resolution or spec.size)

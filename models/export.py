@@ -9,6 +9,7 @@ What    diffusers    a pipeline's folder: transformer/ (merged), vae/, scheduler
                      vae/, and the node that loads both (models/comfyui_node.py), as ComfyUI's own
                      loader takes every FLUX for one of 16 channels in 2 x 2 patches.
         comfyui-fp8  the same with the blocks' matrices in e4m3, half the memory.
+        nunchaku     of quant.py: transformer/ in 4 bits, for diffusers on Blackwell.
         The embedder and the head have other shapes than the base's, so no LoRA can carry them:
         embedder_head.safetensors holds them, for load_state_dict(..., strict=False).
 Clients sample.py and align.py open the folder, its transformer/, and comfyui's file: config.json
@@ -91,6 +92,8 @@ def to_diffusers(model: nn.Module, names: Iterable[str] | None = None) -> dict[s
 
 def diffusers_lora(model: nn.Module, run: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
     """{diffusers' layer: (A (r, in), alpha / r * B (out, r))}; empty if the run has no LoRA."""
+    if "adapters" in run.metadata:  # it is a LoRA of another base than other programs have
+        return {}
     _, rows = diffusers_names(model)
     pairs = {}
     for layer in (n.removesuffix(".lora_A") for n in run.shapes if n.endswith(".lora_A")):
@@ -137,7 +140,9 @@ def write(
         return write_comfyui(model, facts, autoencoder, folder, is_fp8=kind.endswith("fp8"))
     pairs = diffusers_lora(model, run)
     if kind == "peft" and not pairs:
-        raise UserError(f"{run.path} holds no LoRA: it was trained in full, export it merged")
+        raise UserError(
+            f"{run.path} holds no LoRA: it was trained in full or on an --adapter, export it merged"
+        )
     files = []
     if pairs:
         embedder_head = [name for name in run.shapes if not name.endswith(LORA)]
@@ -394,6 +399,8 @@ def write_quantized(kind: str, folder: Path) -> None:
     saved, target = folder / "quant.safetensors", folder / "nunchaku" / "transformer"
     if kind != "nunchaku":
         raise UserError(f"--export {kind} is unknown; wanted nunchaku")
+    if not saved.exists():
+        raise UserError(f"{saved} is missing: run quant.py with the same --model or --out first")
     model, run = nvfp4.load(saved, "cpu", torch.bfloat16), weights.open_checkpoint(saved)
     if not isinstance(model, Flux):  # 1x1 convolutions, and 2240 channels
         raise UserError("--export nunchaku is for FLUX: diffusers has no 4-bit layer for SANA's")

@@ -87,9 +87,11 @@ def test_what_is_merged_is_what_diffusers_fuses(tmp_path, kind, tensors, facts):
 
 @pytest.mark.parametrize("kind", ["flux", "sana"])
 def test_our_own_adapter_folder_comes_back(tmp_path, kind):
-    file, model = finished_run(tmp_path, kind)
-    run = weights.open_checkpoint(file)
-    export.write("peft", file, model, tmp_path / "out")
+    spec, model, autoencoder = finished_run(tmp_path, kind)
+    file, run = spec.transformer, registry.open_run(spec, "")
+    export.write("peft", spec, model, autoencoder, tmp_path / "out")
+    stacked = replace(run, metadata=run.metadata | {"adapters": "x.safetensors"})
+    assert not export.diffusers_lora(model, stacked)  # which would be wrong on the plain base
     kept = {name: run.get(name) for name in run.shapes if "lora_" not in name}
     weights.save(file, kept, run.metadata)
     again = type(model).from_pretrained(file, adapters=f"{tmp_path}/out/adapter_model.safetensors")
@@ -168,10 +170,8 @@ def test_a_run_is_loaded_with_the_adapters_of_its_base(tmp_path):
         assert torch.equal(again.state_dict()[name], tensor), name
     with pytest.raises(UserError, match="is part of .* already: leave it out"):
         registry.load_transformer(spec, "", "meta", torch.float32, str(adapter))
-    aligned = dict(model=str(file), aligned=str(path))
-    with pytest.raises(UserError, match="was aligned with --adapter '.*:0.5', not ''"):
-        lora.find_aligned(lora.Config(**aligned))
-    assert lora.find_aligned(lora.Config(**aligned, adapter=f"{adapter}:0.5")) == path
+    with pytest.raises(UserError, match="stands on --adapter '.*:0.5', not ''"):
+        lora.finetune(lora.Config(model=str(file)), str(path), torch.device("cpu"))
     adapter.unlink()
     with pytest.raises(UserError, match="x.safetensors: no such file"):
         registry.load_transformer(spec, "", "meta", torch.float32)

@@ -148,6 +148,8 @@ def test_at_full_size_names_shapes_and_types_are_what_diffusers_wants(network_cl
 def test_what_cannot_be_exported_is_a_sentence(tmp_path):
     with pytest.raises(script.UserError, match="--export onnx is unknown; wanted nunchaku"):
         export.write_quantized("onnx", tmp_path)
+    with pytest.raises(script.UserError, match="is missing: run quant.py"):
+        export.write_quantized("nunchaku", tmp_path)
     for make, words in (
         (tiny_sana, "is for FLUX"),
         (tiny_flux, "24 x 24, wanted multiples of 128"),
