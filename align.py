@@ -45,7 +45,7 @@ import sample
 from models import data, registry, runs, toy
 from models.data import Batch, Dataset
 from models.registry import Spec
-from models.script import UserError, exit_cleanly, parse_config
+from models.script import Files, UserError, exit_cleanly, parse_config
 from models.weights import write_whole
 
 
@@ -53,6 +53,7 @@ from models.weights import write_whole
 class Config:
     model: str = "flux-toy"  # the base: a name in registry.MODELS or a path
     autoencoder: str = ""  # the new latent space: a preset or a path; "": for the toys, DEEPER
+    adapter: Files = ""  # FILE[:scale], a LoRA to merge into the base; may be repeated
     data: str = ""  # images with same-stem .txt captions; "": the base draws --prompts
     prompts: str = ""  # a .txt, a prompt a line, or .jsonl; "": for the toys, all they know
     weights: str = ""  # a folder to look in instead of the hub
@@ -404,6 +405,7 @@ def drawn_by_base(config: Config, base_spec: Spec, spec: Spec, device: torch.dev
     wanted = sample.Config(
         model=config.model, prompts=prompts, size=f"{size}x{size}", out=str(folder),
         steps=spec.steps, guidance=spec.guidance, solver=spec.solver, weights=config.weights,
+        adapter=config.adapter,
         batch_size=max(1, at_once // size**2), device=device.type, dtype=str(dtype)[6:],
     )  # fmt: skip
     mine = sample.read_jobs(wanted)[runs.rank() :: runs.world()]
@@ -436,7 +438,8 @@ def plan(config: Config) -> tuple[Spec, Spec, list[int], int]:
             f"--autoencoder is missing: wanted the one that {config.model} moves to from "
             f"{base_spec.autoencoder}, one of {', '.join(dcae.PRESETS)}, or a path"
         )
-    _, base, old = sample.load_pipeline(config.model, "", config.weights, "meta")
+    given = (config.model, "", config.weights, "meta")
+    _, base, old = sample.load_pipeline(*given, adapters=config.adapter)
     new = sample.load_autoencoder(name, config.weights, "meta", torch.float32)
     size = config.resolution or base_spec.size
     pixels = [old.stride * base.patch_size, new.stride]
@@ -469,7 +472,7 @@ def align(
     source = data.open_source(folder, spec.size, math.lcm(*pixels), out)
     pictures = data.prepare(source, encoders, spec, config.weights, out / "cache", device, dtype)
 
-    base = registry.load_transformer(base_spec, config.weights, device, dtype)
+    base = registry.load_transformer(base_spec, config.weights, device, dtype, config.adapter)
     base.requires_grad_(False)
     base.embedder.float()  # as the new one, which imitates it
     old, new = (sample.load_autoencoder(name, config.weights, device, dtype) for name in names)

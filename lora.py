@@ -49,13 +49,14 @@ from models import data, export, registry, runs, toy, weights
 from models.data import Dataset
 from models.flux import Flux, Modulation
 from models.registry import Spec
-from models.script import UserError, exit_cleanly, parse_config
+from models.script import Files, UserError, exit_cleanly, parse_config
 
 
 @dataclass(frozen=True)
 class Config:
     model: str = "flux-toy"  # the base: a name in registry.MODELS or a path; or a moved model
     aligned: str = ""  # align.py's file; "": runs/<model>/align.safetensors
+    adapter: Files = ""  # FILE[:scale], merged into the base, as aligned; may be repeated
     data: str = ""  # images with same-stem .txt captions; "": what align.py saw
     weights: str = ""  # a folder to look in instead of the hub
     resolution: int = 0  # pixels, height = width; 0: as aligned
@@ -251,10 +252,10 @@ def find_aligned(config: Config) -> Path:
 
 
 def load_start(
-    start: str, folder: str, device: torch.device, dtype: torch.dtype
+    start: str, folder: str, device: torch.device, dtype: torch.dtype, adapter: str = ""
 ) -> tuple[Spec, nn.Module, nn.Module]:
     """(Spec, transformer, autoencoder). Embedder and head are trained, so they are in fp32."""
-    spec, model, autoencoder = sample.load_pipeline(start, "", folder, device, dtype)
+    spec, model, autoencoder = sample.load_pipeline(start, "", folder, device, dtype, adapter)
     model.embedder.float()
     model.head.linear.float()
     if spec.stage in ("align", "lora"):  # as they were trained, which `dtype` may have rounded
@@ -271,7 +272,10 @@ def finetune(config: Config, start: str, device: torch.device) -> None:
     torch.manual_seed(config.seed)
     spec = registry.describe(start)
     run = registry.open_run(spec, config.weights) if spec.stage in ("align", "lora") else None
-    header = run.metadata if run else {}
+    # A run has what it stands on in its header; into a model of others it is merged here.
+    header, adapter = (run.metadata, "") if run else ({}, config.adapter)
+    if run and (below := header.get("adapters", "")) != config.adapter:
+        raise UserError(f"{run.path} stands on --adapter {below!r}, not {config.adapter!r}")
     spec = replace(spec, size=config.resolution or spec.size)
     dtype, out = runs.frozen_dtype(config.dtype, device, spec.is_toy), Path(config.out)
     stride = sample.load_autoencoder(spec.autoencoder, config.weights, "meta", dtype).stride
@@ -286,7 +290,7 @@ def finetune(config: Config, start: str, device: torch.device) -> None:
     origin = data.file_digest(run.path) if run else start
     pictures = replace(pictures, key=data.digest(pictures.key, origin))
 
-    _, model, autoencoder = load_start(start, config.weights, device, dtype)
+    _, model, autoencoder = load_start(start, config.weights, device, dtype, adapter)
     choose_trained(model, config)
     runs.ready_blocks(model.blocks, device, spec.is_toy)
     kind = "all weights" if config.ablation == "full" else f"rank {config.rank}"
@@ -315,7 +319,9 @@ def finetune(config: Config, start: str, device: torch.device) -> None:
     if spec.is_toy and config.per_task:  # loaded as a user will
         before = {"base": config.model, "aligned": start}
         paths = (before if spec.stage == "align" else {"before": start}) | {name: str(saved)}
-        models = {n: sample.load_pipeline(p, "", config.weights, device) for n, p in paths.items()}
+        below = {"base": config.adapter, "before": adapter}
+        how = ("", config.weights, device, torch.float32)
+        models = {n: sample.load_pipeline(p, *how, below.get(n, "")) for n, p in paths.items()}
     scores, images, captions = sample.show_and_score(models, config.per_task, pictures)
     sample.save_sheet(out / "lora.png", images, captions)
     files = [str(saved), str(out / "lora.png")]

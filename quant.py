@@ -37,12 +37,12 @@ from tqdm import tqdm
 
 import dcae
 import sample
-from models import nvfp4, registry, runs, script, toy, weights
+from models import export, nvfp4, registry, runs, script, toy, weights
 from models.flux import Flux
 from models.nvfp4 import BLOCK, QuantLinear, into_blocks, round_activations, round_blocks
 from models.registry import Spec
 from models.sana import Sana
-from models.script import UserError
+from models.script import Files, UserError
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Config:
     model: str = "dc-gen-toy"  # a name in registry.MODELS, a path, or a run of ours
     lora: str = ""  # lora.py's file, merged first; "": runs/<model>'s if there is one; none: none
     autoencoder: str = ""  # "": the model's own; a preset or a path
+    adapter: Files = ""  # FILE[:scale], another program's LoRA, merged first; may be repeated
     calib: str = ""  # prompts, .txt or .jsonl, of which 32 are sampled; "": the toy's captions
     weights: str = ""  # a folder to look in instead of the hub
     mode: str = ""  # how to compute: fake | w4a4 | w4a8; "": the best of this device
@@ -62,6 +63,7 @@ class Config:
     ladder: bool | None = None  # plain, + smoothing, ... each in full; unless given, for toys only
     per_task: int = 12  # toy prompts of each task to score by
     steps: int = 0  # of the sampler; 0: the model's own
+    export: str = ""  # nunchaku: no quantizing, what diffusers loads of a finished run
     seed: int = 0
     device: str = ""  # "": cuda, or cpu
     dtype: str = ""  # of what stays in 16 bits; "": fp32 on the CPU and for toys, else bf16
@@ -435,6 +437,8 @@ def print_layers(layers: dict[str, dict]) -> None:
 
 def main() -> None:
     config = script.parse_config(Config, __doc__)
+    if config.export:
+        return export.write_quantized(config.export, runs.folder_of(config))
     device = script.pick_device(config.device)
     if device.type == "mps":  # which has no float8
         device = torch.device("cpu")
@@ -451,7 +455,7 @@ def run(config: Config, device: torch.device, out: Path) -> None:
     name = config.lora or config.model
     parts = (name, config.autoencoder, config.weights)
     # First on the meta device, without memory: refuse what cannot work.
-    spec, model, autoencoder = sample.load_pipeline(*parts, "meta")
+    spec, model, autoencoder = sample.load_pipeline(*parts, "meta", adapters=config.adapter)
     check(config, spec, model, device)
     shown, prompts, tasks = read_prompts(config, spec.is_toy)
     is_plain = spec.is_toy or device.type == "cpu"
@@ -460,7 +464,7 @@ def run(config: Config, device: torch.device, out: Path) -> None:
     grid = sample.latent_grid((spec.size, spec.size), autoencoder.stride, model.patch_size)
     how = ([*shown, *prompts], "", config.weights, device, dtype)
     cond, null_cond = sample.encode_text(sampled, *how)
-    spec, model, autoencoder = sample.load_pipeline(*parts, device, dtype)
+    spec, model, autoencoder = sample.load_pipeline(*parts, device, dtype, config.adapter)
     how = f"{len(prompts)} prompts x {sampled.steps} steps"
     print(
         f"quant | {name} | {len(layers_of(model))} layers | {how} | seed {config.seed} | {device}"

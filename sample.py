@@ -44,7 +44,7 @@ import dcae
 from models import data, flux, kernels, runs, sana, text, toy, vae, weights
 from models.kernels import describe_tiles, jit, tl, triton
 from models.registry import MODELS, Spec, describe, load_transformer, text_source
-from models.script import UserError, exit_cleanly, parse_config, pick_device, pick_dtype
+from models.script import Files, UserError, exit_cleanly, parse_config, pick_device, pick_dtype
 from models.text import Cond
 from models.weights import Device
 
@@ -62,6 +62,7 @@ class Config:
     seed: int = 0  # of the first prompt; each next one has the next seed
     batch_size: int = 1  # 1: a picture is the same, to the bit, alone or among others
     autoencoder: str = ""  # "": the model's own; a preset or a path
+    adapter: Files = ""  # FILE[:scale], a LoRA of the model or of its base; may be repeated
     weights: str = ""  # a folder to look in instead of the hub
     out: str = "samples"  # a folder; or one .png
     from_: str = ""  # a PNG to repeat, or the .latents.safetensors of a decode that failed
@@ -501,10 +502,11 @@ def load_pipeline(
     folder: str = "",
     device: Device = "cpu",
     dtype: torch.dtype = torch.float32,
+    adapters: str = "",
 ) -> tuple[Spec, nn.Module, nn.Module]:
     """The spec, the transformer and the autoencoder. Encode text first: it needs the room."""
     spec = describe(model, autoencoder)
-    transformer = load_transformer(spec, folder, device, dtype)
+    transformer = load_transformer(spec, folder, device, dtype, adapters)
     decoder = load_autoencoder(spec.autoencoder, folder, device, dtype)
     if transformer.latent_channels != decoder.latent_channels:
         raise UserError(
@@ -844,7 +846,7 @@ def main() -> None:
     if config.score:
         if not spec.is_toy:
             raise UserError(f"--score counts shapes, {config.model} draws more: wanted a toy")
-        _, *models = load_pipeline(*parts, device, dtype)
+        _, *models = load_pipeline(*parts, device, dtype, config.adapter)
         prompts = toy.draw_prompts(config.score, seed=7)
         rates, _ = score_toy(*models, spec, prompts)
         toy.print_scores({config.model: rates})
@@ -868,7 +870,8 @@ def draw_pictures(
     """Draw and write the pictures of these jobs. The figures of the last line."""
     attention_name, attend = pick_attention(config.attention, device, dtype)
     parts, seconds = (config.model, config.autoencoder, config.weights), {}
-    _, transformer, autoencoder = load_pipeline(*parts, "meta")  # does it fit, before it is read
+    # Does it fit, before it is read?
+    _, transformer, autoencoder = load_pipeline(*parts, "meta", adapters=config.adapter)
     grid = latent_grid(parse_size(config.size), autoencoder.stride, transformer.patch_size)
     tokens = math.prod(grid) // transformer.patch_size**2
     print(
@@ -885,7 +888,7 @@ def draw_pictures(
         how = (config.negative_prompt, config.weights, device, dtype)
         cond, null_cond = encode_text(spec, [job.prompt for job in jobs], *how)
     with timed(seconds, "load", device):
-        transformer = load_transformer(spec, config.weights, device, dtype)
+        transformer = load_transformer(spec, config.weights, device, dtype, config.adapter)
         transformer.attention = attend
         if config.fp8:
             kernels.to_fp8(transformer)

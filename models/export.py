@@ -9,6 +9,7 @@ What    diffusers    a pipeline's folder: transformer/ (merged), vae/, scheduler
                      vae/, and the node that loads both (models/comfyui_node.py), as ComfyUI's own
                      loader takes every FLUX for one of 16 channels in 2 x 2 patches.
         comfyui-fp8  the same with the blocks' matrices in e4m3, half the memory.
+        nunchaku     of quant.py: transformer/ in 4 bits, for diffusers on Blackwell.
         The embedder and the head have other shapes than the base's, so no LoRA can carry them:
         embedder_head.safetensors holds them, for load_state_dict(..., strict=False).
 Clients sample.py and align.py open the folder, its transformer/, and comfyui's file: config.json
@@ -19,16 +20,19 @@ How     One layer of ours is several of diffusers with their rows stacked. Each 
 """
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import flux, sana, weights
+from models import flux, nvfp4, sana, weights
 from models.flux import Flux
+from models.nvfp4 import QuantLinear
 from models.registry import Spec
 from models.script import UserError
 from models.weights import Checkpoint
@@ -88,6 +92,8 @@ def to_diffusers(model: nn.Module, names: Iterable[str] | None = None) -> dict[s
 
 def diffusers_lora(model: nn.Module, run: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
     """{diffusers' layer: (A (r, in), alpha / r * B (out, r))}; empty if the run has no LoRA."""
+    if "adapters" in run.metadata:  # it is a LoRA of another base than other programs have
+        return {}
     _, rows = diffusers_names(model)
     pairs = {}
     for layer in (n.removesuffix(".lora_A") for n in run.shapes if n.endswith(".lora_A")):
@@ -134,7 +140,9 @@ def write(
         return write_comfyui(model, facts, autoencoder, folder, is_fp8=kind.endswith("fp8"))
     pairs = diffusers_lora(model, run)
     if kind == "peft" and not pairs:
-        raise UserError(f"{run.path} holds no LoRA: it was trained in full, export it merged")
+        raise UserError(
+            f"{run.path} holds no LoRA: it was trained in full or on an --adapter, export it merged"
+        )
     files = []
     if pairs:
         embedder_head = [name for name in run.shapes if not name.endswith(LORA)]
@@ -185,6 +193,10 @@ def write_peft(pairs: dict[str, tuple[Tensor, Tensor]], folder: Path) -> list[Pa
 
 
 def write_transformer(model: nn.Module, run: Checkpoint, folder: Path) -> list[Path]:
+    return write_shards(to_diffusers(model), diffusers_config(model, run), folder)
+
+
+def write_shards(state: dict[str, Tensor], config: dict, folder: Path) -> list[Path]:
     """config.json and shards, as diffusers' save_pretrained lays them out."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -192,7 +204,6 @@ def write_transformer(model: nn.Module, run: Checkpoint, folder: Path) -> list[P
     # First, so that an export which is interrupted never mixes its shards with an older one's.
     for old in folder.glob(f"{stem}*"):
         old.unlink()
-    state = to_diffusers(model)
     plan = split_torch_state_dict_into_shards(
         state, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=SHARD
     )
@@ -203,7 +214,7 @@ def write_transformer(model: nn.Module, run: Checkpoint, folder: Path) -> list[P
     if plan.is_sharded:
         index = dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename)
         files.append(save_json(folder / f"{stem}.safetensors.index.json", index))
-    return [*files, save_json(folder / "config.json", diffusers_config(model, run))]
+    return [*files, save_json(folder / "config.json", config)]
 
 
 def diffusers_config(model: nn.Module, run: Checkpoint) -> dict:
@@ -304,3 +315,98 @@ tokens = {call}, output_type="latent").images
 image = vae.decode(tokens.mT.unflatten(2, ({spec.size // stride}, -1)) / vae.config.scaling_factor)
 pipe.image_processor.postprocess(image.sample.detach())[0].save("fox.png")
 """
+
+
+# ---- nunchaku
+#
+# SVDQW4A4Linear of diffusers 0.42.1 computes eq. (3) of models/nvfp4.py in nunchaku's kernels, with
+# lambda = 1 / s for s. Its tensors lie in the order in which the kernels' threads read them (after
+# deepcompressor, MIT HAN Lab, Apache 2.0), so that their shapes are names of sizes only. Its 4-bit
+# layer for modulations is INT4, so ours are written in 16 bits.
+
+ORDER = {  # tensor: (pieces of its rows, pieces of its columns, the order of all these)
+    "qweight": ((-1, 8, 2, 8), (-1, 2, 4, 4), (0, 4, 1, 3, 6, 2, 5, 7)),  # columns: bytes
+    "wscales": ((-1, 4, 4, 8), (-1, 4), (0, 4, 3, 2, 1, 5)),
+    "smooth_factor": ((-1, 8, 2, 4, 2), (1,), (0, 1, 3, 2, 4, 5)),
+    "bias": ((-1, 8, 2, 4, 2), (1,), (0, 1, 3, 2, 4, 5)),
+    "proj_down": ((-1, 2, 8), (-1, 2, 4, 2), (3, 0, 2, 5, 1, 4, 6)),  # of (r, K)
+    "proj_up": ((-1, 2, 8), (-1, 2, 4, 2), (0, 3, 2, 5, 1, 4, 6)),
+}
+TILE = 128  # whole tiles of rows and columns are what the kernels take
+
+
+def in_order(kind: str, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(rows, columns) in the order of the kernels' threads, under the nominal shape."""
+    rows, columns, axes = ORDER[kind]
+    return matrix.unflatten(1, columns).unflatten(0, rows).permute(axes).reshape(shape)
+
+
+def two_factors(scale: float) -> tuple[float, float]:
+    """bf16 numbers, the first in [1, 2), whose product is the scale to 2^-12 or, mostly, 2^-15."""
+    first = 1 + torch.arange(128) / 128
+    second = (scale / first).bfloat16().float()
+    best = (first * second - scale).abs().argmin()
+    return first[best].item(), second[best].item()
+
+
+def svdq_tensors(layer: QuantLinear, part: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """SVDQW4A4Linear's tensors. part: packed, scales, up and bias in its rows of our layer."""
+    n, k = len(part["packed"]), layer.in_features
+    if n % TILE or k % TILE:
+        raise UserError(f"--export nunchaku: a layer is {n} x {k}, wanted multiples of {TILE}")
+    (channel, whole), missing = two_factors(layer.tensor_scale), rank - layer.rank
+    down = F.pad(layer.down, (0, 0, 0, missing)) if layer.rank else torch.zeros(rank, k)
+    up = F.pad(part["up"], (0, missing)) if layer.rank else torch.zeros(n, rank)
+    tensors = {
+        "qweight": in_order("qweight", part["packed"].view(torch.int8), (n, k // 2)),
+        "wscales": in_order("wscales", part["scales"], (k // nvfp4.BLOCK, n)),
+        "smooth_factor": in_order("smooth_factor", 1 / layer.smooth.float()[:, None], (k,)),
+        "bias": in_order("bias", part["bias"][:, None], (n,)),
+        "proj_down": in_order("proj_down", down, (k, rank)),
+        "proj_up": in_order("proj_up", up, (n, rank)),
+        "wcscales": torch.full((n,), channel),
+        "wtscale": torch.full((1,), whole),
+    }
+    return {n: t.bfloat16() if t.dtype == torch.float32 else t for n, t in tensors.items()}
+
+
+def to_nunchaku(model: nn.Module) -> tuple[dict[str, Tensor], dict]:
+    """(state dict, quantization_config) of diffusers. model: of nvfp4.load, in bf16."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    kept = [n for n in model.state_dict() if n.rpartition(".")[0] not in layers]
+    state, (_, rows), targets = to_diffusers(model, kept), diffusers_names(model), []
+    rank = 16 * max(1, *(math.ceil(layer.rank / 16) for layer in layers.values()))  # one for all
+    for name, layer in layers.items():
+        row = rows[f"{name}.packed"]
+        theirs = [part.removesuffix(".packed") for part in row[0]]
+        if layer.activations == 16:
+            weight = nvfp4.unpack(layer.packed, layer.scales, layer.bias.dtype)
+            state[f"{theirs[0]}.weight"] = weight[:, : layer.in_features] * layer.tensor_scale
+            state[f"{theirs[0]}.bias"] = layer.bias
+            continue
+        stacked = ("packed", "scales", "bias") + ("up",) * bool(layer.rank)
+        pieces = [split(model, getattr(layer, kind), row).values() for kind in stacked]
+        for target, piece in zip(theirs, zip(*pieces)):
+            tensors = svdq_tensors(layer, dict(zip(stacked, piece)), rank)
+            state |= {f"{target}.{kind}": tensor for kind, tensor in tensors.items()}
+        targets += theirs
+    svdq = dict(precision="nvfp4", group_size=nvfp4.BLOCK, rank=rank, targets=targets)
+    return state, dict(quant_method="nunchaku_lite", compute_dtype="bfloat16", svdq_w4a4=svdq)
+
+
+def write_quantized(kind: str, folder: Path) -> None:
+    """quant.py --export: folder/nunchaku/transformer, of folder/quant.safetensors."""
+    saved, target = folder / "quant.safetensors", folder / "nunchaku" / "transformer"
+    if kind != "nunchaku":
+        raise UserError(f"--export {kind} is unknown; wanted nunchaku")
+    if not saved.exists():
+        raise UserError(f"{saved} is missing: run quant.py with the same --model or --out first")
+    model, run = nvfp4.load(saved, "cpu", torch.bfloat16), weights.open_checkpoint(saved)
+    if not isinstance(model, Flux):  # 1x1 convolutions, and 2240 channels
+        raise UserError("--export nunchaku is for FLUX: diffusers has no 4-bit layer for SANA's")
+    state, quantization = to_nunchaku(model)
+    config = diffusers_config(model, run) | {"quantization_config": quantization}
+    files = [str(file) for file in write_shards(state, config, target)]
+    call = f'FluxTransformer2DModel.from_pretrained("{target}", torch_dtype=torch.bfloat16)'
+    print(f"in diffusers on Blackwell, with DIFFUSERS_TRUST_REMOTE_KERNELS=true: {call}")
+    print(json.dumps(dict(stage="export", kind=kind, files=files)))

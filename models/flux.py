@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.adapters import read_adapters
 from models.weights import Rows, assign, build, open_model, rows_of
 
 EPS = 1e-6  # of every norm
@@ -302,6 +303,7 @@ class Flux(nn.Module):
         dtype: torch.dtype = torch.float32,
         config: dict | None = None,  # for a file that carries none
         weights: str | None = None,  # a folder to look in instead of the hub
+        adapters: str = "",  # LoRA files to merge: FILE[:scale],FILE[:scale]
     ) -> "Flux":
         checkpoint, config, run = open_model(path, PRESETS, "transformer", config, weights)
         config = config_from_shapes(checkpoint.shapes) | (config or {})
@@ -309,7 +311,8 @@ class Flux(nn.Module):
             config["position_stride"] = exported.get("position_stride", 1)
         model = build(cls, config, checkpoint.path)
         rows = name_rows(model.state_dict(), checkpoint.shapes)
-        assign(model, rows, checkpoint, device, dtype, run)
+        updates = read_adapters(adapters, model, name_rows(rows, ["x_embedder.weight"]), run)
+        assign(model, rows, checkpoint, device, dtype, run, updates=updates)
         return model
 
     @property

@@ -192,13 +192,16 @@ def describe_shapes(shapes: dict[str, tuple[int, ...]], config: dict) -> Spec:
 
 
 def load_transformer(
-    spec: Spec, folder: str, device: str | torch.device, dtype: torch.dtype
+    spec: Spec, folder: str, device: str | torch.device, dtype: torch.dtype, adapters: str = ""
 ) -> nn.Module:
     """`folder` is the user's --weights, where presets are looked for instead of the hub."""
     if spec.stage == "quant":
+        if adapters:
+            raise UserError(f"--adapter on {spec.transformer}, in 4 bits: wanted it in quant.py")
         return nvfp4.load(spec.transformer, device, dtype)
     cls = sana.Sana if spec.uses_cfg else flux.Flux
-    return cls.from_pretrained(spec.transformer, device, dtype, weights=folder or None).eval()
+    given = dict(weights=folder or None, adapters=adapters)
+    return cls.from_pretrained(spec.transformer, device, dtype, **given).eval()
 
 
 def open_run(spec: Spec, folder: str) -> weights.Checkpoint:

@@ -410,7 +410,7 @@ def delete_progress(path: Path) -> None:
 def same_flags(config) -> str:
     """The flags of this command that the next one needs to be about the same run."""
     defaults = {f.name: f.default for f in fields(config)} | {"model": ""}
-    shared = ("model", "data", "weights", "resolution", "out")
+    shared = ("model", "adapter", "data", "weights", "resolution", "out")
     given = {name: getattr(config, name) for name in shared}
     return " ".join(f"--{k} {shlex.quote(str(v))}" for k, v in given.items() if v != defaults[k])
 
@@ -428,8 +428,9 @@ def header(config, stage: str, spec: Spec, model: nn.Module, step: int) -> dict[
     """What makes a run repeatable. spec: of the base, with the run's autoencoder, shift, size."""
     facts = dict(
         stage=stage, base=spec.transformer, autoencoder=spec.autoencoder, config=model.config,
-        schedule=spec.schedule, shift=spec.shift, size=spec.size, seed=config.seed, step=step, command=asdict(config),
-        commit=commit(), torch=torch.__version__,
+        schedule=spec.schedule, shift=spec.shift, size=spec.size, seed=config.seed, step=step,
+        command=asdict(config), adapters=config.adapter or None, commit=commit(),
+        torch=torch.__version__,
     )  # fmt: skip
     known = {name: fact for name, fact in facts.items() if fact is not None}
     return {name: f if isinstance(f, str) else json.dumps(f) for name, f in known.items()}

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.adapters import read_adapters
 from models.weights import Rows, assign, build, open_model, rows_of
 
 QK_NORM = "rms_norm_across_heads"  # of SANA-1.5
@@ -297,11 +298,13 @@ class Sana(nn.Module):
         dtype: torch.dtype = torch.float32,
         config: dict | None = None,  # for a file that carries none
         weights: str | None = None,  # a folder to look in instead of the hub
+        adapters: str = "",  # LoRA files to merge: FILE[:scale],FILE[:scale]
     ) -> "Sana":
         checkpoint, config, run = open_model(path, PRESETS, "transformer", config, weights)
         model = build(cls, config or config_from_shapes(checkpoint.shapes), checkpoint.path)
         rows = name_rows(model.state_dict(), checkpoint.shapes)
-        assign(model, rows, checkpoint, device, dtype, run, DROPPED)
+        updates = read_adapters(adapters, model, rows_of(NAME_MAP, rows), run)
+        assign(model, rows, checkpoint, device, dtype, run, DROPPED, updates=updates)
         return model
 
     @property

@@ -41,6 +41,16 @@ def exit_cleanly(main: Callable[[], None]) -> None:
     sys.exit(2)
 
 
+class Files(str):
+    """The values of a flag that may be repeated, joined by commas."""
+
+
+class Join(argparse.Action):
+    def __call__(self, parser, namespace, value, flag=None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, value if before is self.default else f"{before},{value}")
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         raise UserError(f"{message}; --help lists the flags")
@@ -67,7 +77,8 @@ def parse_config(
         if field.default is MISSING:
             parser.add_argument(field.name, type=kind, help=note)
             continue
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        actions = {bool: argparse.BooleanOptionalAction, Files: Join}
+        how = {"action": actions[kind]} if kind in actions else {"type": kind}
         if field.default not in ("", None) and kind is not bool:
             note = f"{note} (default: %(default)s)"
         flag = "--" + field.name.strip("_").replace("_", "-")

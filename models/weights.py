@@ -326,6 +326,7 @@ def assign(
     run: Checkpoint | None = None,  # its tensors replace the checkpoint's, LoRA is added
     dropped: str | re.Pattern = NOTHING,  # official names with no place in the model
     as_stored: Collection[str] = (),  # quantized tensors, which keep the file's dtype
+    updates: dict[str, list[Callable[[Tensor], Tensor]]] | None = None,  # of models/adapters.py
 ) -> None:
     """Give a meta-device model its tensors: all of them, each once, nothing left over."""
     check(model, rows, checkpoint, run, dropped)
@@ -334,6 +335,8 @@ def assign(
     state = {}
     for name in model.state_dict():
         tensor = assemble(name, rows, checkpoint, run, device)
+        for update in (updates or {}).get(name, ()):
+            tensor = update(tensor)
         # A counter stays an integer; what has the right dtype stays the mapped file itself.
         is_kept = name in as_stored or not tensor.is_floating_point()
         state[name] = tensor if is_kept else tensor.to(dtype)
