@@ -113,9 +113,9 @@ def tiny_sana_text() -> dict:
     return dict(tokenizer=tokenizer, text_encoder=Gemma2Model(gemma).eval())
 
 
-def saved(parts: dict, folder: Path) -> str:
+def saved(parts: dict, folder: Path, **how) -> str:
     for name, part in parts.items():
-        part.save_pretrained(folder / name)
+        part.save_pretrained(folder / name, **(how if name.startswith("text") else {}))
     return str(folder)
 
 
@@ -170,6 +170,31 @@ def test_a_prompt_given_twice_is_encoded_once(tmp_path, monkeypatch):
     assert len(calls) == 3  # "" with the instruction and "" without it are two prompts
     for one, two in zip((*once, *once_null), (*twice, *null)):
         assert torch.equal(two[: len(one)], one) and torch.equal(two[-1], one[0])
+
+
+@pytest.mark.parametrize("how", [dict(variant="fp16"), dict(variant="bf16", max_shard_size="9KB")])
+def test_encoders_saved_as_a_variant_are_the_same_encoders(tmp_path, how):
+    for kind, parts in (("flux", tiny_flux_text()), ("sana", tiny_sana_text())):
+        sources = saved(parts, tmp_path / kind), saved(parts, tmp_path / f"{kind} variant", **how)
+        assert not list(Path(sources[1]).glob("*/model.safetensors"))
+        plain, variant = (text.encode(kind, source, PROMPTS[:1])[0] for source in sources)
+        assert all(torch.equal(one, other) for one, other in zip(plain, variant))
+
+
+def test_a_variant_is_fetched_from_the_hub_where_there_is_nothing_else(tmp_path, monkeypatch):
+    source = Path(saved(tiny_flux_text(), tmp_path, variant="fp16"))
+    fetched = []
+
+    def snapshot(repository, allow_patterns, ignore_patterns):
+        fetched.append(ignore_patterns)
+        if not ignore_patterns:  # the first time nothing of a variant comes
+            return source
+        return Path(saved({"tokenizer": tiny_tokenizer("<bos>", 77)}, tmp_path / "first"))
+
+    (tmp_path / "first" / "text_encoder").mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert text.encode("flux", "org/flux", ["a"])[0][0].shape == (1, 512, 40)
+    assert fetched == [weights.VARIANTS, []]
 
 
 def test_padding_is_on_the_right_whatever_the_tokenizer_says(tmp_path):
