@@ -335,8 +335,7 @@ class DCAE(nn.Module):
         """A file, a folder, a preset or a hub id, in dc-ai's names, diffusers' or ours."""
         checkpoint, config, run = open_model(path, PRESETS, "vae", config, weights)
         if config and "model_name" in config:  # of a dc-ai repository: only a name
-            preset = PRESETS.get(config["model_name"], PRESETS.get(str(path), {}))
-            config = preset.get("config")
+            config = PRESETS.get(config["model_name"], PRESETS.get(str(path), {})).get("config")
         model = build(cls, config, checkpoint.path)
         assign(model, name_rows(model, checkpoint), checkpoint, device, dtype, run)
         return model.eval()

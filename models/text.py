@@ -9,6 +9,7 @@ and prompts are few: `encode` loads an encoder, uses it and frees it.
 
 import gc
 import hashlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,48 @@ passing by towering glass skyscrapers.
 Please generate only the enhanced description for the prompt below and avoid including any \
 additional commentary or evaluations:
 User Prompt: """
+
+# ---- from a file
+
+
+def read_rows(path: Path, key: str) -> Iterator[tuple[str, dict]]:
+    """(where, row) of each line that is not blank: a JSON object with that key, or a .txt's text."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where, line = f"{path} line {number}", line.removesuffix("\r")
+        try:
+            row = {key: line} if path.suffix == ".txt" else json.loads(line)
+            if not isinstance(row[key], str):
+                raise TypeError
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise UserError(f'{where} is not like {{"{key}": "..."}}') from None
+        yield where, row
+
+
+def read_text(path: Path) -> str:
+    """UTF-8, with or without a byte order mark, or the UTF-16 with one that Windows writes."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    is_wide = data[:2] in (b"\xff\xfe", b"\xfe\xff") and data[2:4] != b"\0\0"
+    coding, at = "utf-16" if is_wide else "utf-8-sig", data.find(0)
+    try:
+        text = data.decode(coding)
+        if is_wide or at < 0:  # zeros are those of UTF-16 or UTF-32 without a mark
+            return text
+    except UnicodeDecodeError as error:
+        at = len(data) - len(error.object) + error.start  # utf-8-sig drops the mark
+    line = data[:at].decode(coding, "ignore").count("\n") + 1
+    found = f"byte {at} is 0x{data[at]:02x}, neither UTF-8 nor UTF-16 with a byte order mark"
+    raise UserError(f"{path} line {line}: {found}: save it as UTF-8")
+
+
+def whole(text: str) -> str:
+    """Half a character (JSON can hold it) becomes "?"."""
+    return text.encode(errors="replace").decode()
+
 
 # ---- the encoders
 

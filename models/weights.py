@@ -11,6 +11,7 @@ Runs    A file of ours holds the trained tensors only. Its header names the base
         other tensors come from, and LoRA pairs are merged into that base while it loads.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -168,10 +169,7 @@ def parse_json(text: str | bytes, where: str) -> dict:
 
 
 def open_checkpoint(path: Path, subfolder: str = "") -> Checkpoint:
-    """Open a model by its file, its index, one of its shards, or its diffusers folder.
-
-    Of a pipeline's folder the `subfolder` is meant. All four ways give the same.
-    """
+    """A model by its file, index, shard or folder (the `subfolder` of a pipeline): all the same."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
@@ -239,6 +237,15 @@ def open_safetensors(paths: list[Path], config: dict | None) -> Checkpoint:
     if "config" in metadata:
         config = parse_json(metadata["config"], f"the config in the header of {path}")
     return Checkpoint(path, config, metadata, shapes, sources)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file of weights, or of all files in a folder of shards."""
+    total = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
 
 
 def why_broken(path: Path, error: Exception) -> str:

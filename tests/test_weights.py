@@ -141,15 +141,13 @@ def test_a_file_its_index_its_shards_and_their_folder_are_one_model(model, tmp_p
 def test_of_a_single_file_for_other_programs_the_transformer_is_read(
     model, tmp_path, prefix, suffix
 ):
-    path, extra = tmp_path / f"all.{suffix}", torch.zeros(1)
-    tensors = {prefix + name: tensor for name, tensor in official(model).items()}
-    others = ("vae.decoder.conv_in.bias", "text_encoders.t5xxl.shared", "first_stage_model.a")
-    bundle = tensors | dict.fromkeys(others, extra.clone())
-    bundle = {name: tensor.clone() for name, tensor in bundle.items()}
-    write = save_file if suffix == "safetensors" else torch.save
+    path, write = tmp_path / f"all.{suffix}", save_file if suffix == "safetensors" else torch.save
+    bundle = {prefix + name: tensor for name, tensor in official(model).items()}
+    for name in ("vae.decoder.conv_in.bias", "text_encoders.t5xxl.shared", "first_stage_model.a"):
+        bundle[name] = torch.zeros(1)
     write(bundle, path)
     assert is_equal(Tiny.from_pretrained(path, model.config), model)
-    write(bundle | {"model_ema.decay": extra.clone()}, path)
+    write(bundle | {"model_ema.decay": torch.zeros(1)}, path)
     with pytest.raises(UserError, match=re.escape("1 unexpected (model_ema.decay)")):
         Tiny.from_pretrained(path, model.config)
 
@@ -321,7 +319,7 @@ def rewritten(raw: bytes, **lie) -> bytes:
     ("damage", "words"),
     [
         (lambda raw: raw[:-10], r"is cut short, or no sound .*\): fetch it again"),
-        (lambda raw: raw[:50], "is cut short, or no sound safetensors file"),
+        (lambda raw: raw[:50], "is cut short"),
         (lambda raw: b"", "is cut short, or no sound safetensors file"),
         (lambda raw: b"<html>404</html>", "no sound safetensors file"),
         (lambda raw: b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
