@@ -470,7 +470,7 @@ def align(
     names = (base_spec.autoencoder, spec.autoencoder)
     encoders = [sample.latent_encoder(name, config.weights, device, dtype) for name in names]
     source = data.open_source(folder, spec.size, math.lcm(*pixels), out)
-    pictures = data.prepare(source, encoders, spec, config.weights, out / "cache", device, dtype)
+    pictures = data.prepare(source, encoders, spec, config, device, dtype)
 
     base = registry.load_transformer(base_spec, config.weights, device, dtype, config.adapter)
     base.requires_grad_(False)

@@ -42,7 +42,7 @@ from models.weights import Checkpoint, Rows, assign, build, open_model, to_conv,
 
 @dataclass(frozen=True)
 class Config:
-    image: str  # any photo: rotated by its EXIF tag, alpha over white, CMYK, 16 bit, odd sizes
+    image: str  # any photo: rotated by its EXIF tag, ICC profile, alpha over white, CMYK, 16 bit
     model: str = "dc-ae-f32c32-toy"  # for the toy's scenes; a preset, file, folder or hub id
     weights: str | None = None  # a folder to look in instead of the hub
     out: str = "runs/dcae.png"  # original | reconstruction | 4 x difference
@@ -335,7 +335,7 @@ class DCAE(nn.Module):
         """A file, a folder, a preset or a hub id, in dc-ai's names, diffusers' or ours."""
         checkpoint, config, run = open_model(path, PRESETS, "vae", config, weights)
         if config and "model_name" in config:  # of a dc-ai repository: only a name
-            config = PRESETS.get(config["model_name"], {}).get("config")
+            config = PRESETS.get(config["model_name"], PRESETS.get(str(path), {})).get("config")
         model = build(cls, config, checkpoint.path)
         assign(model, name_rows(model, checkpoint), checkpoint, device, dtype, run)
         return model.eval()

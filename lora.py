@@ -280,14 +280,15 @@ def finetune(config: Config, start: str, device: torch.device) -> None:
     dtype, out = runs.frozen_dtype(config.dtype, device, spec.is_toy), Path(config.out)
     stride = sample.load_autoencoder(spec.autoencoder, config.weights, "meta", dtype).stride
     runs.check_flags(config, spec.size, [stride])
-    folder = config.data or json.loads(header.get("command", "{}")).get("data")
+    flags = weights.parse_json(header.get("command", "{}"), f"the command of {start}")
+    folder = config.data or flags.get("data")
     if not folder:
         raise UserError("--data is missing: wanted a folder of pictures with captions")
     encoder = sample.latent_encoder(spec.autoencoder, config.weights, device, dtype)
     source = data.open_source(folder, spec.size, stride, out)
-    pictures = data.prepare(source, [encoder], spec, config.weights, out / "cache", device, dtype)
+    pictures = data.prepare(source, [encoder], spec, config, device, dtype)
     # Progress on these pictures from another start is another run's.
-    origin = data.file_digest(run.path) if run else start
+    origin = weights.file_digest(run.path) if run else start
     pictures = replace(pictures, key=data.digest(pictures.key, origin))
 
     _, model, autoencoder = load_start(start, config.weights, device, dtype, adapter)

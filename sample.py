@@ -532,17 +532,15 @@ def load_autoencoder(source: str, folder: str, device: Device, dtype: torch.dtyp
     return cls.from_pretrained(source, device, dtype, weights=folder or None)
 
 
-def latent_encoder(
-    source: str, folder: str, device: Device, dtype: torch.dtype
-) -> data.LatentEncoder:
+def latent_encoder(source: str, folder: str, device: Device, dtype: torch.dtype) -> data.Encoder:
     """An autoencoder for the latent cache, which loads it only if there is work for it."""
     checkpoint, config = open_autoencoder(source, folder)
-    identity = data.digest(data.file_digest(checkpoint.path), checkpoint.config or config)
+    identity = data.digest(weights.file_digest(checkpoint.path), checkpoint.config or config)
 
     def load() -> Callable[[Tensor], Tensor]:
         return functools.partial(encode, load_autoencoder(source, folder, device, dtype))
 
-    return data.LatentEncoder(identity, load, device, dtype)
+    return identity, load
 
 
 @torch.no_grad()
@@ -758,10 +756,11 @@ def read_recipe(path: Path) -> dict:
     """The flags that made a picture, or latents that were kept. Older versions had other flags."""
     try:
         if path.suffix == ".safetensors":
-            found = json.loads(weights.open_checkpoint(path).metadata["recipe"])
+            found = weights.open_checkpoint(path).metadata["recipe"]
         else:
             with Image.open(path) as image:
-                found = json.loads(image.info["recipe"])
+                found = image.info["recipe"]
+        found = weights.parse_json(found, "the recipe")
         return {name: found[name] for name in RECIPE if name in found}
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--from {path} carries no recipe of this program ({error!r})") from None
@@ -791,18 +790,19 @@ def read_prompts(file: str, seed: int = 0) -> list[tuple[str, int]]:
 
     Pictures that share a noise share background and layout: a poor training set.
     """
-    path, kinds = Path(file), {".txt": lambda line: {"prompt": line}, ".jsonl": json.loads}
+    path, pairs = Path(file), []
     try:
-        parse = kinds[path.suffix]
-        lines = path.read_text("utf-8-sig", errors="replace").splitlines()
-        rows = [parse(line) for line in lines if line.strip()]
-        pairs = [(str(r["prompt"]), int(r.get("seed", seed + i))) for i, r in enumerate(rows)]
-        if not pairs or not all(0 <= seed < 2**63 for _, seed in pairs):
-            raise ValueError("no prompt, or a seed beyond 0 .. 2^63 - 1")
+        for where, row in text.read_rows(path, "prompt"):
+            own = row.get("seed", seed + len(pairs))
+            if type(own) is not int or not 0 <= own < 2**63:
+                raise UserError(f"{where} has a seed beyond 0 .. 2^63 - 1")
+            pairs.append((text.whole(row["prompt"]), own))
+        if not pairs or path.suffix not in (".txt", ".jsonl"):
+            raise UserError("no prompt in this file")
         return pairs
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+    except UserError as error:
         wanted = 'a .txt, a prompt a line, or a .jsonl, {"prompt": "a fox", "seed": 0} a line'
-        raise UserError(f"--prompts {path}: wanted {wanted} ({error!r})") from None
+        raise UserError(f"{path}: wanted {wanted} ({error})") from None
 
 
 def clock(device: torch.device) -> float:

@@ -4,45 +4,46 @@ What    `open_source` opens a folder of pictures and captions, or the toy world.
         both once and returns a `Dataset`, from which the trainers draw batches.
 Why     One broken or upside-down picture in a thousand does not stop a training run, it spoils it.
         So every picture is decoded whole before training starts, and what is left out is listed.
-How     Captions stand beside the pictures, `fox.jpg` and `fox.txt` (first line), or in one
-        `metadata.jsonl` with a line like {"file_name": "fox.jpg", "text": "a fox in snow"}.
+How     A caption stands beside its picture, `fox.jpg` and `fox.txt`, or in a `metadata.jsonl` of
+        the folder or of one above, as a line {"file_name": "fox.jpg", "text": "a fox in snow"}.
         A picture is cropped to the nearest of some shapes (`buckets`) whose sides are whole
         multiples of the autoencoders' factor. All pictures of a batch have one shape.
         `CachedRows` keeps latents and text under the hash of all that they were made from.
 """
 
 import hashlib
+import io
 import json
 import math
 import os
 import shutil
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
 from models import runs, text, toy
 from models.registry import Spec, text_source
 from models.script import UserError
-from models.weights import open_checkpoint, save, write_whole
+from models.weights import Device, open_checkpoint, read_json, save, write_whole
 
 FORMATS = ("JPEG", "PNG", "WEBP")  # by content; decoders of exotic formats are less tested
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-OTHERS = (".avif", ".bmp", ".gif", ".heic", ".jxl", ".tif", ".tiff")  # found, and left out
+OTHERS = {".heic", ".heif", ".jxl"}  # pictures that Pillow does not know: found, and left out
 TABLE = "metadata.jsonl"  # of captions, as in Hugging Face's ImageFolder
 MAX_RATIO = 4  # of the sides; beyond, a crop shows too little of what the caption says
 RATIOS = 8  # from square to MAX_RATIO: a crop loses 9% at most, and no shape has few pictures
 THREADS = 8  # Pillow decodes without the GIL; each thread holds one full-size picture
-RULES = 2  # part of every key: count up when pixels or captions come out differently
+RULES = 3  # part of every key: count up when pixels or captions come out differently
 FEWEST = 16  # pictures to train on
 VALIDATION = 64  # pictures held out, an eighth at most
 MEMORY = 2 * 2**30  # bytes of cached rows that are held in memory as one tensor
@@ -50,7 +51,6 @@ BATCH_PIXELS = 2**22  # of the pictures that are encoded together, and whose lat
 CPU_PIXELS = 2**17  # the same on a CPU: what its caches hold
 
 Size = tuple[int, int]  # (H, W) in pixels
-Looked = tuple[Size, str] | str  # what to crop a picture to, its sha256; or why it is left out
 
 # ---- one picture
 
@@ -75,8 +75,6 @@ def read_image(path: Path) -> Image.Image:
             # A phone's JPEG may carry a depth or HDR map as a second frame (MPO).
             is_animated = getattr(image, "is_animated", False) and image.format != "MPO"
             image = to_rgb(ImageOps.exif_transpose(image))
-    except FileNotFoundError:
-        raise UserError("no such image") from None
     except UnidentifiedImageError:
         raise UserError("is not an image, or not JPEG, PNG or WebP") from None
     except Exception as error:  # noqa: BLE001  a damaged file raises any of a dozen kinds
@@ -87,14 +85,26 @@ def read_image(path: Path) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, from any mode."""
+    """8-bit sRGB from any mode, on white: what is transparent may have any colour."""
+    profile, clear, alpha = (image.info.get(k) for k in ("icc_profile", "transparency", ""))
+    if isinstance(clear, tuple) and max(clear) > 255:  # of 16 bits, of which Pillow keeps 8
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
     if image.mode.startswith("I"):  # 16 bits in one channel; convert would clip at 255
-        gray = np.asarray(image, dtype=np.float32) * (255 / 65535)
-        image = Image.fromarray(gray.round().astype(np.uint8))
-    elif image.has_transparency_data:  # over white: convert would show hidden colours
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+        gray = np.asarray(image, dtype=np.float32)
+        alpha = Image.fromarray(np.where(gray == clear, 0, 255).astype(np.uint8))
+        image = Image.fromarray((gray * (255 / 65535)).round().astype(np.uint8))
+    elif image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A")
+    if profile:  # PyCMSError: it is of another kind of picture
+        profile, srgb = (
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+            ImageCms.createProfile("sRGB"),
+        )
+        is_gray = image.getbands()[0] in "L1" and profile.profile.xcolor_space == "GRAY"
+        image = image.convert("L" if is_gray else "CMYK" if image.mode == "CMYK" else "RGB")
+        image = ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
+    image, white = image.convert("RGB"), Image.new("RGB", image.size, "white")
+    return Image.composite(image, white, alpha) if alpha else image
 
 
 # ---- a folder of captioned pictures
@@ -105,7 +115,7 @@ class ImageFolder:
     """Captioned pictures of a folder, each with the shape that it is cropped to."""
 
     path: Path
-    files: list[Path]  # sorted
+    names: list[str]  # of the files, sorted
     captions: list[str]
     sizes: list[Size]  # that each picture is cropped to
     hashes: list[str]  # sha256 of each file
@@ -113,16 +123,12 @@ class ImageFolder:
     key: str  # the digest of all that decides images() and captions; not of file names
 
     def __len__(self) -> int:
-        return len(self.files)
-
-    @property
-    def names(self) -> list[str]:
-        return [str(path) for path in self.files]
+        return len(self.names)
 
     def images(self, rows: Sequence[int]) -> Tensor:
         """(B, 3, H, W) in [-1, 1], of rows of one size."""
         with ThreadPoolExecutor(THREADS) as pool:
-            images = pool.map(lambda row: open_image(self.files[row], self.sizes[row]), rows)
+            images = pool.map(lambda row: open_image(self.names[row], self.sizes[row]), rows)
             return torch.stack(list(images))
 
 
@@ -151,128 +157,110 @@ def open_folder(
     factor: divides the sides of all buckets, in pixels; 0: the square is the only one.
     notes: remembers sound pictures, for the next time. left_out.txt beside it lists the others.
     """
-    folder = Path(folder)
-    if not (pictures := find(folder)):
-        raise UserError(f"{folder} is no folder of pictures, {', '.join(SUFFIXES)}: name one")
-    captions = read_captions(folder, pictures)
-    shapes = buckets(resolution, factor) if factor else [(resolution, resolution)]
-    found = scan([path for path in pictures if path in captions], shapes, notes)
-    files = [path for path in found if not isinstance(found[path], str)]
-    found |= dict.fromkeys(set(pictures) - captions.keys(), "has no caption")
-    found |= dict.fromkeys(captions.keys() - set(pictures), f"is in {TABLE}, not in the folder")
-    bad = sorted(found.keys() - set(files))
+    folder, left_out = Path(folder), {}  # {path: the reason}
+    captions = read_captions(folder, left_out)
+    looked = scan([*captions], buckets(resolution, factor or resolution), notes, left_out)
     # Names are quoted: they may hold line breaks, or bytes that no terminal can show.
-    left_out = [f"{os.path.relpath(path, folder)!r} {found[path]}" for path in bad]
+    listed = [f"{os.path.relpath(path, folder)!r} {left_out[path]}" for path in sorted(left_out)]
     if notes:
-        notes.with_name("left_out.txt").write_text("\n".join(left_out), errors="replace")
-    sizes, hashes = ([found[path][i] for path in files] for i in range(2))
-    used = [captions[path] for path in files]
+        file = notes.with_name("left_out.txt")
+        file.write_text("\n".join(listed), errors="replace")
+    sizes, hashes = ([looked[path][i] for path in looked] for i in range(2))
+    used = [" ".join(text.whole(captions[path]).split()) for path in looked]  # in one line
     key = digest(sorted(zip(hashes, sizes, used)))
-    opened = ImageFolder(folder, files, used, sizes, hashes, left_out, key)
-    if len(left_out) > len(files):
-        raise UserError(f"{describe(opened)}: mend or remove these")
+    opened = ImageFolder(folder, [*map(str, looked)], used, sizes, hashes, listed, key)
+    if len(listed) > len(looked):
+        where = f"; {file} lists all" if notes else ""
+        raise UserError(f"{describe(opened)}: mend or remove these{where}")
     return opened
 
 
-def find(folder: Path) -> list[Path]:
-    """Pictures by their names, sorted, but no hidden ones: those are other programs' notes."""
-    found, visited = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(parent) in visited:  # a link leads back
-            folders.clear()
-            continue
-        visited.add(os.path.realpath(parent))
-        folders[:] = [name for name in folders if not name.startswith(".")]
+def find(folder: Path, left_out: dict[Path, str]) -> list[Path]:
+    """Files, sorted; no hidden ones: those are other programs' notes."""
+    found, entered = [], {}
+    how = dict(onerror=lambda e: left_out.update({Path(e.filename): e.strerror}), followlinks=True)
+    for parent, folders, names in os.walk(folder, **how):
+        if entered.setdefault(os.path.realpath(parent), parent) != parent:  # a link leads back
+            del folders[:], names[:]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in found if path.suffix.lower() in SUFFIXES + OTHERS)
+    dangling = (path for path in found if not path.suffix and not path.exists())
+    left_out |= dict.fromkeys(dangling, "is a link to nothing")
+    return sorted(found)
 
 
-def scan(paths: list[Path], shapes: list[Size], notes: Path | None) -> dict[Path, Looked]:
-    """What inspect says of each picture, in the same order."""
+def scan(
+    paths: list[Path], shapes: list[Size], notes: Path | None, left_out: dict[Path, str]
+) -> dict[Path, tuple[Size, str]]:
+    """What inspect says of each sound picture, in the same order."""
     seen = {}
-    if notes and notes.exists():
-        with suppress(ValueError):  # damaged notes: every picture is looked at again
-            seen = dict(json.loads(notes.read_bytes()))
+    if notes:
+        with suppress(UserError):  # none yet, or damaged: every picture is looked at again
+            seen = read_json(notes)
+
+    def look(path: Path) -> tuple[Size, str] | None:
+        try:
+            return inspect(path, shapes, seen)
+        except (OSError, UserError) as error:  # OSError: a broken link
+            left_out[path] = str(error)
+
     try:
         with ThreadPoolExecutor(THREADS) as pool:
-            looks = pool.map(lambda path: inspect(path, shapes, seen), paths)
-            return dict(zip(paths, tqdm(looks, "scan", len(paths), leave=False, unit="img")))
+            looks = tqdm(pool.map(look, paths), "scan", len(paths), leave=False, unit="img")
+            return {path: found for path, found in zip(paths, looks) if found}
     finally:  # an interrupted scan keeps its notes
         if notes:
             write_whole(notes, lambda path: path.write_text(json.dumps(seen)))
 
 
-def inspect(path: Path, shapes: list[Size], seen: dict[str, list]) -> Looked:
-    """seen: {path: [stamp, width, height, sha256]} of the sound pictures. Others are decoded."""
-    try:
-        about = path.stat()
-        # The second date is the system's own: no copying sets it back.
-        stamp = [RULES, about.st_size, about.st_mtime_ns, about.st_ctime_ns]
-        if seen.get(str(path), [None])[0] != stamp:
-            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-            seen[str(path)] = [stamp, *read_image(path).size, sha256]
-    except (OSError, UserError) as error:  # OSError: a broken link
-        return str(error)
-    _, width, height, sha256 = seen[str(path)]
-    size = nearest(shapes, height, width)
-    if height < size[0] or width < size[1]:  # enlarged, it would teach the model to blur
-        return f"is {width}x{height}: lower --resolution or enlarge it to {size[1]}x{size[0]}"
+def inspect(path: Path, shapes: list[Size], seen: dict[str, list]) -> tuple[Size, str]:
+    """(what to crop a picture to, its sha256). `seen` pictures are not decoded again."""
+    about = path.stat()
+    # The second date is the system's own: no copying sets it back.
+    stamp = digest(str(path), about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+    if stamp not in seen:
+        seen[stamp] = [*read_image(path).size, hashlib.sha256(path.read_bytes()).hexdigest()]
+    width, height, sha256 = seen[stamp]
+    size, cures = nearest(shapes, height, width), []
     if max(width, height) > MAX_RATIO * min(width, height):
-        return f"is {width}x{height}: crop it to 1:{MAX_RATIO} or less"
+        cures.append(f"crop it to 1:{MAX_RATIO} or less")
+    if height < size[0] or width < size[1]:  # enlarged by us, it would teach the model to blur
+        cures.append(f"lower --resolution or enlarge it to {size[1]}x{size[0]}")
+    if cures:
+        raise UserError(f"is {width}x{height}: {', and '.join(cures)}")
     return size, sha256
 
 
-def read_captions(folder: Path, pictures: list[Path]) -> dict[Path, str]:
-    """From metadata.jsonl if it exists, otherwise from the text files beside the pictures."""
-    if (folder / TABLE).exists():
-        captions = read_table(folder / TABLE)
-    else:
-        owners = {}  # caption file -> its picture
-        for path in pictures:
-            file = path.with_suffix(".txt")
-            if file.is_file() and owners.setdefault(file, path) != path:
+def read_captions(folder: Path, left_out: dict[Path, str]) -> dict[Path, str]:
+    """Of each picture: from the metadata.jsonl that names it, or else from the .txt beside it."""
+    composed = partial(unicodedata.normalize, "NFC")  # a Mac writes an accent as a character
+    found, captions, owners = find(folder, left_out), {}, {}  # owners: .txt -> its picture
+    spelled = {composed(str(path)): path for path in found}
+    suffixes = OTHERS.union(Image.registered_extensions())
+    pictures = [path for path in found if path.suffix.lower() in suffixes]
+    if not pictures:
+        raise UserError(f"{folder} is no folder of pictures, {', '.join(FORMATS)}: name one")
+    for table in (path for path in found if path.name == TABLE):
+        for where, row in text.read_rows(table, "file_name"):
+            path = table.parent / row["file_name"]
+            path = spelled.get(composed(str(path)), path)
+            if path in captions:
+                raise UserError(f"{where} names {path.name} a second time: remove one")
+            given = [row.get(word) for word in ("text", "caption", "prompt")]
+            captions[path] = next((said for said in given if isinstance(said, str)), None)
+    for path in (path for path in pictures if path not in captions):
+        if file := spelled.get(composed(str(path.with_suffix(".txt")))):
+            if owners.setdefault(file, path) != path:
                 both = f"{owners[file]} and {path} share {file.name}"
                 raise UserError(f"{both}: rename or remove one")
-        captions = {path: first_line(read_text(file)) for file, path in owners.items()}
+            captions[path] = text.read_text(file)
+    absent = captions.keys() - set(pictures)
+    left_out |= dict.fromkeys(absent, f"is in {TABLE}, not in the folder")
+    captions = {p: captions[p] for p in pictures if captions.get(p) is not None}
+    left_out |= dict.fromkeys(set(pictures) - captions.keys(), "has no caption")
     if not captions:
         raise UserError(f"{folder} holds no captions: {pictures[0].stem}.txt etc., or {TABLE}")
     return captions
-
-
-def read_table(table: Path) -> dict[Path, str]:
-    """The paths in metadata.jsonl are relative to it."""
-    captions = {}
-    for number, line in enumerate(read_text(table).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            path = table.parent / row["file_name"]
-        except (ValueError, LookupError, TypeError, RecursionError):
-            row = '{"file_name": "fox.jpg", "text": "a fox"}'
-            raise UserError(f"{table} line {number} is not like {row}") from None
-        if path in captions:
-            raise UserError(f"{table} line {number} names {path.name} a second time: remove one")
-        given = [row.get(word) for word in ("text", "caption", "prompt")]
-        if given := [caption for caption in given if isinstance(caption, str)]:
-            captions[path] = first_line(given[0])
-    return captions
-
-
-def read_text(path: Path) -> str:
-    """UTF-8, with or without a byte order mark, or the UTF-16 that Windows writes."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    is_wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
-    return data.decode("utf-16" if is_wide else "utf-8-sig", errors="replace")
-
-
-def first_line(content: str) -> str:
-    """The first line that is not blank. Half a character (JSON can hold it) becomes "?"."""
-    lines = content.encode(errors="replace").decode().splitlines()
-    return next((line.strip() for line in lines if line.strip()), "")
 
 
 def describe(folder: ImageFolder) -> str:
@@ -280,7 +268,7 @@ def describe(folder: ImageFolder) -> str:
     shapes = [f"{n} of {w}x{h}" for (h, w), n in Counter(folder.sizes).most_common()]
     report = ", ".join([f"{folder.path}: {len(folder)} pictures", *shapes])
     if odd := sum(not caption or "\ufffd" in caption for caption in folder.captions):
-        report += f"; {odd} captions are empty or not UTF-8"
+        report += f"; {odd} captions are empty or hold U+FFFD"
     if folder.left_out:
         report += f"; left out {len(folder.left_out)}, first {'; '.join(folder.left_out[:5])}"
     return report
@@ -292,15 +280,6 @@ def describe(folder: ImageFolder) -> str:
 def digest(*facts: object) -> str:
     """A name for what is made from these facts: other facts give another name."""
     return hashlib.sha256(json.dumps([RULES, *facts], default=str).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file of weights, or of all files in a folder of shards."""
-    total = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()
 
 
 class CachedRows:
@@ -345,30 +324,25 @@ class CachedRows:
 
 
 Rows = Tensor | CachedRows
+# The digest of an autoencoder's weights and config, and what loads its encode(images), if needed.
+Encoder = tuple[str, Callable[[], Callable[[Tensor], Tensor]]]
 
 
-@dataclass(frozen=True)
-class LatentEncoder:
-    """An autoencoder that is loaded only if there is something to encode."""
-
-    identity: str  # the digest of its weights and config
-    load: Callable[[], Callable[[Tensor], Tensor]]  # its encode: images -> latents
-    device: torch.device
-    dtype: torch.dtype
-
-
-def encode_pictures(source: ImageFolder, encoder: LatentEncoder, cache: Path) -> Rows:
+def encode_pictures(
+    source: ImageFolder, encoder: Encoder, cache: Path, device: torch.device, dtype: torch.dtype
+) -> Rows:
     """Latents (n, C, h, w) of all pictures. Each process encodes a share of what is missing."""
-    folder = cache / digest("latents", encoder.identity, str(encoder.dtype))
+    identity, load = encoder
+    folder = cache / digest("latents", identity, str(dtype))
     names = [digest(sha256, size) for sha256, size in zip(source.hashes, source.sizes)]
     cached = CachedRows(folder, names)
-    most = CPU_PIXELS if encoder.device.type == "cpu" else BATCH_PIXELS
+    most = CPU_PIXELS if device.type == "cpu" else BATCH_PIXELS
     batches = in_batches(source.sizes, cached.missing(), most)
     if batches := batches[runs.rank() :: runs.world()]:
-        encode = encoder.load()
-        images = ahead(lambda i: source.images(batches[i]), encoder.device)
+        encode = load()
+        images = ahead(lambda i: source.images(batches[i]), device)
         for i, rows in enumerate(tqdm(batches, "encode", leave=False, unit="batch")):
-            pixels = images(i).to(encoder.device, encoder.dtype)
+            pixels = images(i).to(device, dtype)
             latents = encode_rows(encode, pixels, [source.names[row] for row in rows])
             cached.write({names[row]: one for row, one in zip(rows, latents)})
     return CachedRows(folder, names).loaded()
@@ -388,20 +362,14 @@ def in_batches(sizes: Sequence[Size], rows: Sequence[int], pixels: int) -> list[
 def encode_rows(encode: Callable[[Tensor], Tensor], images: Tensor, names: list[str]) -> Tensor:
     """Latents (B, C, h, w) of these images, on the CPU. UserError: one holds NaN or Inf."""
     latents = encode(images).cpu()
-    finite = latents.isfinite().flatten(1).all(1).tolist()
-    if not all(finite):
-        bad = names[finite.index(False)]
-        raise UserError(f"latents of {bad} hold NaN or Inf in {images.dtype}: try --dtype fp32")
+    if bad := [name for name, row in zip(names, latents) if not row.isfinite().all()]:
+        cure = "remove it" if images.dtype == torch.float32 else "try --dtype fp32"
+        raise UserError(f"latents of {bad[0]} hold NaN or Inf in {images.dtype}: {cure}")
     return latents
 
 
 def encode_captions(
-    captions: list[str],
-    spec: Spec,
-    folder: str,
-    cache: Path,
-    device: torch.device,
-    dtype: torch.dtype,
+    captions: list[str], spec: Spec, folder: str, cache: Path, device: Device, dtype: torch.dtype
 ) -> tuple[Rows, ...]:
     """cond of these captions, and of the empty one in a last row."""
     kind, place = spec.text_encoder, text_source(spec, folder)
@@ -484,7 +452,7 @@ def open_source(folder: str, size: int, factor: int, out: Path) -> ImageFolder:
     source = runs.on_first(lambda: open_folder(folder, size, factor, out / "scan.json"))
     # In the order of their hashes the last pictures are a fair sample.
     order = sorted(range(len(source)), key=source.hashes.__getitem__)
-    columns = ("files", "captions", "sizes", "hashes")
+    columns = ("names", "captions", "sizes", "hashes")
     source = replace(source, **{c: [getattr(source, c)[i] for i in order] for c in columns})
     print(describe(source))
     if len(source) < FEWEST:
@@ -494,23 +462,19 @@ def open_source(folder: str, size: int, factor: int, out: Path) -> ImageFolder:
 
 def prepare(
     source: ImageFolder,
-    encoders: Sequence[LatentEncoder],
+    encoders: list[Encoder],
     spec: Spec,
-    folder: str,  # the user's --weights, where text encoders are looked for
-    cache: Path,
-    device: torch.device,
+    config,
+    device: Device,
     dtype: torch.dtype,
 ) -> Dataset:
     """Encode captions, and pictures with each autoencoder: (the base's and) the new one."""
-    captions = source.captions
-    if spec.is_toy:  # its text encoder cannot read other words
-        captions = [toy.known_words(caption) for caption in captions]
-        known, all_ = (sum(len(line.split()) for line in c) for c in (captions, source.captions))
-        print(f"the toy's text encoder knows {known} of {all_} words\n" * (known < all_), end="")
+    cache = Path(config.out) / "cache"
+    captions = toy.known_words(source.captions) if spec.is_toy else source.captions
     distinct = sorted(set(captions))
     index = {caption: i for i, caption in enumerate(distinct)}
-    cond = encode_captions(distinct, spec, folder, cache, device, dtype)
-    latents = [encode_pictures(source, encoder, cache) for encoder in encoders]
+    cond = encode_captions(distinct, spec, config.weights, cache, device, dtype)
+    latents = [encode_pictures(source, one, cache, device, dtype) for one in encoders]
     return Dataset(
         base_latents=latents[0] if len(latents) == 2 else None,
         latents=latents[-1],

@@ -415,8 +415,6 @@ PRESETS = {
     },
 }
 
-PREFIX = "model.diffusion_model."  # of some repacked single files
-
 NAME_MAP = {  # our module: diffusers' modules, whose rows are stacked; {} is the block's index
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),
@@ -470,7 +468,7 @@ def config_from_shapes(shapes: dict[str, tuple]) -> dict:
     config = {"guidance_embeds": any("guidance" in name for name in shapes)}
     if any(re.search(r"\bdelta_embedder\.|^next_time_in\.", name) for name in shapes):
         config["gate_value"] = GATE
-    for name in ("img_in.weight", PREFIX + "img_in.weight", "x_embedder.weight"):
+    for name in ("img_in.weight", "x_embedder.weight"):
         if name in shapes:
             config["in_channels"] = shapes[name][1]
     return config
@@ -485,8 +483,7 @@ def name_rows(ours: Iterable[str], official: Iterable[str]) -> Rows:
     """The official tensors of each of ours, in the dialect that these official names are in."""
     official = set(official)
     if "x_embedder.weight" not in official:
-        prefix = PREFIX if PREFIX + "img_in.weight" in official else ""
-        return {name: ((prefix + name,), None) for name in ours}
+        return {name: ((name,), None) for name in ours}
     rows = rows_of(NAME_MAP, ours)
     for name, (theirs, join) in rows.items():
         if name.endswith(".scale"):  # of a norm

@@ -9,24 +9,24 @@ and prompts are few: `encode` loads an encoder, uses it and frees it.
 
 import gc
 import hashlib
-import re
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from models import weights
 from models.script import UserError
+from models.toy.text import SanaToyText, ToyText
 from models.weights import Device
 
 Cond = tuple[Tensor, ...]
 Prompt = tuple[str, bool]  # and whether it is a negative one
 
 PARTS = ["tokenizer*/*", "text_encoder*/*.json", "text_encoder*/*.safetensors"]  # of a pipeline
-PRESETS = {"text-toy": dict(path="models/toy/text.safetensors")}
 
 # SANA puts this before a prompt; its transformer sees Gemma's output for the prompt alone.
 # The wording is part of the trained model (NVlabs/Sana, Apache 2.0; quotes as in diffusers).
@@ -47,83 +47,51 @@ Please generate only the enhanced description for the prompt below and avoid inc
 additional commentary or evaluations:
 User Prompt: """
 
-# ---- the toy world's encoder
+# ---- from a file
 
 
-class ToyText(nn.Module):
-    """A small transformer over a closed vocabulary, trained together with the toy FLUX."""
-
-    def __init__(  # the vocabulary is "<pad>", "<bos>", then the words
-        self,
-        vocabulary: list[str],
-        width: int = 128,
-        layers: int = 2,
-        heads: int = 4,
-        length: int = 16,
-    ):
-        config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        super().__init__()
-        self.config, self.vocabulary, self.length = config, vocabulary, length
-        # On the CPU, as drawing on "meta" loads torch's compiler for seconds; by a generator
-        # of its own, as building one leaves the caller's random numbers alone.
-        how = dict(device="cpu", generator=torch.Generator("cpu").manual_seed(0))
-        words = torch.randn(len(vocabulary), width, **how)
-        self.words = nn.Embedding.from_pretrained(words, freeze=False)
-        self.positions = nn.Parameter(torch.randn(length, width, **how) * 0.02)
-        kind = dict(activation="gelu", dropout=0.0, batch_first=True, norm_first=True)
-        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, **kind)
-        norm = nn.LayerNorm(width)
-        self.blocks = nn.TransformerEncoder(layer, layers, norm, enable_nested_tensor=False)
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens (B, L) -> text (B, L, D), zero where padded, and its mean over words (B, D)."""
-        padded = tokens == 0  # (B, L)
-        hidden = self.words(tokens) + self.positions  # (B, L, D)
-        hidden = self.blocks(hidden, src_key_padding_mask=padded)
-        text = hidden.masked_fill(padded[..., None], 0.0)  # (B, L, D)
-        return text, text.sum(1) / (~padded).sum(1, keepdim=True)  # "<bos>" is always there
-
-    def tokenize(self, prompts: list[str]) -> Tensor:
-        """(B, L): "<bos>", one token a word, then "<pad>". Case and punctuation are ignored."""
-        tokens = torch.zeros(len(prompts), self.length, dtype=torch.long)
-        for row, prompt in zip(tokens, prompts):
-            words = re.findall(r"\w+", prompt.lower())
-            if unknown := [word for word in words if word not in self.vocabulary]:
-                known = " ".join(self.vocabulary[2:])
-                raise UserError(f"the toy world has no word {unknown[0]!r}; it knows: {known}")
-            if len(words) >= self.length:
-                limit = f"at most {self.length - 1} words"
-                raise UserError(f"the toy world takes {limit}; {prompt!r} has {len(words)}")
-            row[: len(words) + 1] = torch.tensor([1, *map(self.vocabulary.index, words)])
-        return tokens
-
-    def encode(self, prompts: list[str], negative: bool = False) -> Cond:
-        """Prompts -> (text, pooled_text); the empty prompt is the unconditional one."""
-        return self(self.tokenize(prompts).to(self.positions.device))
-
-    @classmethod
-    def from_pretrained(
-        cls, source: str = "text-toy", device: Device = "cpu", dtype: torch.dtype = torch.float32
-    ) -> "ToyText":
-        checkpoint, config, _ = weights.open_model(source, PRESETS)
-        model = weights.build(cls, config, checkpoint.path)
-        rows = {name: ((name,), None) for name in model.state_dict()}
-        weights.assign(model, rows, checkpoint, device, dtype)
-        return model.eval().requires_grad_(False)
+def read_rows(path: Path, key: str) -> Iterator[tuple[str, dict]]:
+    """(where, row) of each line that is not blank: a JSON object with that key, or a .txt's text."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where, line = f"{path} line {number}", line.removesuffix("\r")
+        try:
+            row = {key: line} if path.suffix == ".txt" else json.loads(line)
+            if not isinstance(row[key], str):
+                raise TypeError
+        except (ValueError, LookupError, TypeError, RecursionError):
+            raise UserError(f'{where} is not like {{"{key}": "..."}}') from None
+        yield where, row
 
 
-class SanaToyText(ToyText):
-    """The same encoder for the toy SANA, which takes the words' mask, not their mean."""
+def read_text(path: Path) -> str:
+    """UTF-8, with or without a byte order mark, or the UTF-16 with one that Windows writes."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    is_wide = data[:2] in (b"\xff\xfe", b"\xfe\xff") and data[2:4] != b"\0\0"
+    coding, at = "utf-16" if is_wide else "utf-8-sig", data.find(0)
+    try:
+        text = data.decode(coding)
+        if is_wide or at < 0:  # zeros are those of UTF-16 or UTF-32 without a mark
+            return text
+    except UnicodeDecodeError as error:
+        at = len(data) - len(error.object) + error.start  # utf-8-sig drops the mark
+    line = data[:at].decode(coding, "ignore").count("\n") + 1
+    found = f"byte {at} is 0x{data[at]:02x}, neither UTF-8 nor UTF-16 with a byte order mark"
+    raise UserError(f"{path} line {line}: {found}: save it as UTF-8")
 
-    def encode(self, prompts: list[str], negative: bool = False) -> Cond:
-        """Prompts -> (text, text_mask); the empty prompt is the unconditional one."""
-        tokens = self.tokenize(prompts).to(self.positions.device)
-        return self(tokens)[0], tokens != 0
 
+def whole(text: str) -> str:
+    """Half a character (JSON can hold it) becomes "?"."""
+    return text.encode(errors="replace").decode()
+
+
+# ---- the encoders
 
 TOYS = {"toy": ToyText, "sana-toy": SanaToyText}
-
-# ---- the encoders of FLUX and SANA
 
 
 class Reader:
@@ -133,11 +101,14 @@ class Reader:
         import transformers
 
         transformers.logging.set_verbosity_error()
-        how = dict(dtype=dtype, use_safetensors=True, output_loading_info=True)  # no pickle
         source, words = folder / f"text_encoder{number}", folder / f"tokenizer{number}"
+        cls, how = getattr(transformers, kind), dict(dtype=dtype, output_loading_info=True)
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(words)
-            model, report = getattr(transformers, kind).from_pretrained(source, **how)
+            checkpoint = weights.open_checkpoint(source)  # of any variant, sharded or not
+            how["state_dict"] = {name: checkpoint.get(name) for name in checkpoint.shapes}
+            how["config"] = cls.config_class.from_pretrained(source)
+            model, report = cls.from_pretrained(None, **how)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             cause = "or its tokenizer does not load: pass a pipeline's folder, or --weights"
             raise UserError(f"{source} {cause} ({error!r:.200})") from error
@@ -229,7 +200,10 @@ def open_encoder(kind: str, source: str, device: torch.device, dtype: torch.dtyp
         return TOYS[kind].from_pretrained(source, device, dtype)
     folder = Path(source)
     if not folder.exists():
-        folder = weights.download(source, PARTS, weights.VARIANTS)
+        for avoid in (weights.VARIANTS, []):  # as in weights.download_model
+            folder = weights.download(source, PARTS, avoid)
+            if all(any(part.glob("*.safetensors")) for part in folder.glob("text_encoder*")):
+                break
     # fp16 ends at 65504, and activations of T5 and Gemma pass it.
     dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     if kind == "sana":

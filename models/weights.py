@@ -11,6 +11,7 @@ Runs    A file of ours holds the trained tensors only. Its header names the base
         other tensors come from, and LoRA pairs are merged into that base while it loads.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -30,16 +31,16 @@ from torch import Tensor, nn
 from models.script import UserError
 
 ROOT = Path(__file__).parent.parent
-MAX_HEADER = 10**8  # bytes; safetensors refuses a longer one
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 VARIANTS = ["*.fp16*", "*.bf16*", "*.fp8*", "*.int4*"]  # the same in another precision
 NOTHING = r"(?!)"  # a pattern that no name matches
-# ComfyUI's fp8 files: a weight is what is stored times its layer's scale. ASIDE are these, what
-# else is for its kernels, and in files that hold a whole pipeline what is not the transformer.
+# Single files of other programs: the transformer under a prefix, and the rest of a pipeline beside.
+PREFIX = re.compile(r"^(model\.)?diffusion_model\.")
+BUNDLED = re.compile(r"^(vae|(first|cond)_stage_model|conditioner|text_encoders?(_\d)?)\.")
+# ComfyUI's fp8 files: a weight is what is stored times its layer's scale. The rest is for kernels.
 SCALES = (".scale_weight", ".weight_scale")
 ASIDE = re.compile(
-    r"(\.scale_weight|\.weight_scale|\.scale_input|\.input_scale|\.comfy_quant|scaled_fp8)$"
-    r"|^(text_encoders|vae)\."
+    r"(\.(scale_weight|weight_scale|scale_input|input_scale|comfy_quant)|scaled_fp8)$"
 )
 Device = str | torch.device
 # our name -> (official names, join): join(*official tensors) is ours; None: of one part
@@ -125,23 +126,23 @@ class Checkpoint:
     """One opened set of weight files. Shapes are known, values are read when asked for."""
 
     path: Path
-    config: dict | None  # config.json beside the weights, or "config" in the header
+    config: dict | None  # "config" in the header, or config.json beside the weights
     metadata: dict[str, str]  # free text in the safetensors header
     shapes: dict[str, tuple[int, ...]]
-    sources: dict  # tensor name -> its open safetensors file, or the mapped tensor
+    sources: dict  # tensor name -> its slice of an open safetensors file, or the mapped tensor
 
     def get(self, name: str, device: Device = "cpu") -> Tensor:
         """On "meta" the shape alone. KeyError: there is no such tensor."""
         if torch.device(device).type == "meta":
             return torch.empty(self.shapes[name], device="meta")
         source = self.sources[name]
-        tensor = source if isinstance(source, Tensor) else source.get_tensor(name)
+        tensor = source if isinstance(source, Tensor) else source[...]
         layer, _, leaf = name.rpartition(".")
         if "float8" in str(tensor.dtype) and leaf in ("weight", "bias"):
             tensor = tensor.float()  # torch joins fp8 with no other type
             for scale in (layer + suffix for suffix in SCALES if leaf == "weight"):
                 if scale in self.sources:
-                    tensor *= self.sources[scale].get_tensor(scale).float().item()
+                    tensor *= self.sources[scale][...].float().item()
         return tensor.to(device)
 
     @property
@@ -168,16 +169,18 @@ def parse_json(text: str | bytes, where: str) -> dict:
 
 
 def open_checkpoint(path: Path, subfolder: str = "") -> Checkpoint:
-    """Open a file, or a diffusers folder (the `subfolder` of it if any), sharded or not."""
-    path, config = Path(path), None
+    """A model by its file, index, shard or folder (the `subfolder` of a pipeline): all the same."""
+    path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
+    path = path / subfolder if (path / subfolder).is_dir() else path
+    beside = (path if path.is_dir() else path.parent) / "config.json"
+    config = read_json(beside) if beside.exists() else None
     if path.is_dir():
-        if (path / subfolder).is_dir():
-            path = path / subfolder
-        if (path / "config.json").exists():
-            config = read_json(path / "config.json")
         path = weights_file(path)
+    elif re.search(r"-\d+-of-\d+\.safetensors$", path.name):  # a shard
+        indices = path.parent.glob("*.safetensors.index*.json")
+        path = next((index for index in indices if path in shards_of(index)), path)
     if path.suffix == ".safetensors":
         return open_safetensors([path], config)
     if path.suffix == ".json":
@@ -209,52 +212,57 @@ def shards_of(index: Path) -> list[Path]:
 
 def open_safetensors(paths: list[Path], config: dict | None) -> Checkpoint:
     """One file, or all shards of a model."""
-    sources, shapes, kinds = {}, {}, {}
+    sources, shapes = {}, {}
     for path in paths:
         try:
             file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} {why_broken(path, error)}: fetch it again") from None
-        for name in file.keys():  # noqa: SIM118
+        for stored in file.keys():  # noqa: SIM118
+            name = PREFIX.sub("", stored)
             if name in sources:
                 raise UserError(f"{path}: another shard also holds {name}, fetch both again")
-            part = file.get_slice(name)
-            sources[name], shapes[name] = file, tuple(part.get_shape())
-            kinds[name] = part.get_dtype()
+            if not BUNDLED.match(name):
+                sources[name] = file.get_slice(stored)
+                shapes[name] = tuple(sources[name].get_shape())
     for scale in filter(ASIDE.search, [*shapes]):
         shape, layer = shapes.pop(scale), scale.rpartition(".")[0]
-        kind = kinds.get(f"{layer}.weight", "absent")
+        weight = sources.get(f"{layer}.weight")
+        kind = weight.get_dtype() if weight else "absent"
         if scale.endswith(SCALES) and not (kind.startswith("F8") and math.prod(shape) == 1):
             found = f"{layer} as {kind} with scales {shape}"
             raise UserError(f"{paths[0]} holds {found}: wanted 16 bits, or fp8 with one scale")
     path = paths[0] if len(paths) == 1 else paths[0].parent
     metadata = file.metadata() or {}
-    if config is None and "config" in metadata:
+    if "config" in metadata:
         config = parse_json(metadata["config"], f"the config in the header of {path}")
     return Checkpoint(path, config, metadata, shapes, sources)
 
 
+def file_digest(path: Path) -> str:
+    """sha256 of a file of weights, or of all files in a folder of shards."""
+    total = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
+
+
 def why_broken(path: Path, error: Exception) -> str:
-    """A sound one: 8 bytes of header length, JSON with the range of every tensor, data."""
     if not path.exists():
         return "is missing"
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(min(length, MAX_HEADER))
-    if header.startswith(b"https://git-lfs"):  # after "version "
-        return "is a git-lfs pointer, not the weights (`git lfs pull`)"
-    ends = re.findall(rb'"data_offsets":\s*\[\d+,\s*(\d{1,18})\]', header)
-    wanted, size = 8 + length + max(map(int, ends), default=0), path.stat().st_size
-    if length <= MAX_HEADER and size < wanted:
-        return f"is {size} bytes, its header says {wanted}: cut short"
-    return f"is not a sound safetensors file ({error})"
+        if file.read(30).startswith(b"version https://git-lfs"):
+            return "is a git-lfs pointer, not the weights (`git lfs pull`)"
+    return f"is cut short, or no sound safetensors file ({error})"
 
 
 def open_pickle(path: Path, config: dict | None) -> Checkpoint:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         tensors = tensors.get("state_dict", tensors)
-        shapes = {str(name): tuple(tensor.shape) for name, tensor in tensors.items()}
+        tensors = {PREFIX.sub("", n): t for n, t in tensors.items() if not BUNDLED.match(n)}
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     except Exception:  # noqa: BLE001  a damaged stream raises any of a dozen kinds
         cause = "is damaged or holds more than tensors, and was not run"
         raise UserError(f"{path} {cause}: take its .safetensors") from None

@@ -1,22 +1,27 @@
 """Why believe models/data.py: every kind of picture comes out right, or is left out by name."""
 
+import argparse
 import json
 import os
+import struct
+import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageCms
 from torch import Tensor, nn
 
-from models import data, registry, text
+from models import data, registry, text, weights
 from models.data import CachedRows, describe, open_folder, open_image
 from models.script import UserError
 
 RED, WHITE = (1, -1, -1), (1, 1, 1)
+FLAGS = partial(argparse.Namespace, weights="")
 
 
 def write(path: Path, size: tuple[int, int] = (48, 40), caption: str | None = "a red square"):
@@ -38,6 +43,7 @@ def reasons(folder) -> dict[str, str]:
 
 RGB, SIZE = Image.new("RGB", (4, 2), (255, 0, 0)), (4, 2)
 SPRITE = RGB.convert("P", palette=Image.Palette.ADAPTIVE)
+DEEP = Image.new("I;16", SIZE, 257 * 51)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +57,8 @@ SPRITE = RGB.convert("P", palette=Image.Palette.ADAPTIVE)
         ("half.png", Image.new("RGBA", SIZE, (255, 0, 0, 51)), (1, 0.6, 0.6)),
         ("half.webp", Image.new("RGBA", SIZE, (255, 0, 0, 51)), (1, 0.6, 0.6)),
         ("gray_alpha.png", Image.new("LA", SIZE, (0, 51)), (0.6, 0.6, 0.6)),
-        ("deep.png", Image.new("I;16", SIZE, 257 * 51), (-0.6, -0.6, -0.6)),
+        ("deep.png", DEEP, (-0.6, -0.6, -0.6)),
+        ("clear_deep.png", DEEP, WHITE),
         ("bits.png", Image.new("1", SIZE, 1), WHITE),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -60,11 +67,39 @@ def test_every_colour_mode_gives_the_right_rgb(tmp_path, name, picture, color):
     options = {"lossless": True, "exact": True} if name.endswith("webp") else {}
     if name == "clear_palette.png":
         options = {"transparency": 0}  # the palette's only entry
+    if name == "clear_deep.png":
+        options = {"transparency": 257 * 51}
     picture.save(tmp_path / name, **options)
     image = open_image(tmp_path / name)
     assert image.shape == (3, 2, 4) and image.dtype == torch.float32
     lossy = 2 / 255 if name.endswith("jpg") else 1e-6
     assert (image - torch.tensor(color)[:, None, None]).abs().max() <= lossy
+
+
+def test_a_transparent_colour_of_16_bits_is_found_in_the_8_that_are_read(tmp_path):
+    colours, parts = struct.pack(">6H", 2570, 20, 30, 65535, 0, 0), b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)  # 2 x 1 pixels of 16-bit RGB
+    data = {b"IHDR": header, b"tRNS": colours[:6], b"IDAT": zlib.compress(b"\0" + colours)}
+    for kind, chunk in (data | {b"IEND": b""}).items():
+        crc = zlib.crc32(kind + chunk)
+        parts += struct.pack(">I", len(chunk)) + kind + chunk + struct.pack(">I", crc)
+    (tmp_path / "a.png").write_bytes(parts)
+    assert open_image(tmp_path / "a.png")[:, 0].T.tolist() == [[*WHITE], [*RED]]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
+def test_a_picture_is_read_in_the_colours_of_its_profile(tmp_path, mode):
+    swapped = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for one, other in ((b"rXYZ", b"...."), (b"gXYZ", b"rXYZ"), (b"....", b"gXYZ")):
+        swapped = swapped.replace(one, other)  # in whose colours red means green
+    stored, meant = ((90, 90, 90),) * 2 if mode == "L" else ((200, 60, 40), (60, 200, 40))
+    picture = Image.new("RGB", SIZE, stored).convert(mode, palette=1)
+    picture.save(tmp_path / "a.png", icc_profile=swapped)
+    read = (open_image(tmp_path / "a.png")[:, 0, 0] + 1) * 127.5
+    assert (read - torch.tensor(meant)).abs().max() <= 1
+    picture.save(tmp_path / "damaged.png", icc_profile=swapped[:50])
+    with pytest.raises(UserError, match="cannot be read .*profile"):
+        open_image(tmp_path / "damaged.png")
 
 
 @pytest.mark.parametrize("name", ["turned.jpg", "turned.png", "turned.webp"])
@@ -104,7 +139,7 @@ def test_captions_beside_the_pictures_in_sub_folders_too(tmp_path):
         write(tmp_path / name, caption=f"picture {name}")
     write(tmp_path / ".thumbnails" / "a.jpg")
     folder = open_folder(tmp_path, 32)
-    names = [path.relative_to(tmp_path).as_posix() for path in folder.files]
+    names = [Path(name).relative_to(tmp_path).as_posix() for name in folder.names]
     assert names == ["a.jpg", "b.png", "more/c.JPEG", "more/deep/d.webp"]
     assert folder.captions == [f"picture {name}" for name in names]
     images = folder.images([2, 0])
@@ -129,7 +164,7 @@ def test_captions_in_a_metadata_file(tmp_path):
     lines += '{"file_name": "e.png", "text": "half \\ud83d a character"}'
     (tmp_path / "metadata.jsonl").write_bytes(lines.encode("utf-8-sig"))
     folder = open_folder(tmp_path, 32)
-    assert [path.name for path in folder.files] == ["a.png", "c.png", "e.png", "f.png", "b.png"]
+    assert [Path(n).name for n in folder.names] == ["a.png", "c.png", "e.png", "f.png", "b.png"]
     assert folder.captions == ["a é", "c", "half ? a character", "", "b"]
     assert reasons(folder) == {
         "d.png": "has no caption",
@@ -169,19 +204,34 @@ def test_reducing_averages_instead_of_picking_pixels(tmp_path):
     ("written", "caption"),
     [
         (b"a fox", "a fox"),
-        (b"\xef\xbb\xbfa fox\r\nsecond line", "a fox"),
+        (b"\xef\xbb\xbfa fox\r\nin snow", "a fox in snow"),
         (b"\n\n  a fox \n", "a fox"),
-        (b"a caf\xe9", "a caf\ufffd"),
+        ("a fox\u2028in snow".encode(), "a fox in snow"),
         ("a fox é\n".encode("utf-16"), "a fox é"),
         (b"\r\n", ""),
     ],
 )
-def test_a_caption_is_the_first_line_in_whatever_encoding(tmp_path, written, caption):
+def test_a_caption_is_all_of_its_file_in_one_line(tmp_path, written, caption):
     write(tmp_path / "a.png", caption=None)
     (tmp_path / "a.txt").write_bytes(written)
     folder = open_folder(tmp_path, 32)
     assert folder.captions == [caption]
-    assert ("empty or not UTF-8" in describe(folder)) == (caption in ("", "a caf\ufffd"))
+    assert ("1 captions are empty" in describe(folder)) == (caption == "")
+    (tmp_path / "a.txt").write_bytes(b"a caf\xe9")
+    with pytest.raises(UserError, match="a.txt line 1: byte 5 is 0xe9"):
+        open_folder(tmp_path, 32)
+
+
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("picture, named", [("e\u0301.png", "é"), ("é.png", "e\u0301")])
+def test_a_name_is_found_in_either_spelling_of_an_accent(tmp_path, picture, named, table):
+    write(tmp_path / "in" / "sub" / picture, caption=None)
+    row = json.dumps({"file_name": f"{named}.png", "text": "a fox"})
+    file = "metadata.jsonl" if table else f"{named}.txt"
+    (tmp_path / "in" / "sub" / file).write_text(row if table else "a fox")
+    write(tmp_path / "in" / "b.png", caption="a dog")  # no table of a sub-folder names it
+    folder = open_folder(tmp_path / "in", 32)
+    assert folder.captions == ["a dog", "a fox"] and not folder.left_out
 
 
 def test_what_is_left_out_is_named_with_its_reason(tmp_path, monkeypatch):
@@ -190,10 +240,13 @@ def test_what_is_left_out_is_named_with_its_reason(tmp_path, monkeypatch):
     sound = write(tmp_path / "cut.jpg", (200, 200)).read_bytes()
     (tmp_path / "cut.jpg").write_bytes(sound[: len(sound) // 2])
     write(tmp_path / "empty.jpg").write_bytes(b"")
+    sound = write(tmp_path / "browser.jpg").rename(tmp_path / "browser.jfif")
     write(tmp_path / "page.gif")
+    write(tmp_path / "scan.tga")
     write(tmp_path / "gif_named.png").write_bytes((tmp_path / "page.gif").read_bytes())
-    write(tmp_path / "small.png", (31, 200))
+    write(tmp_path / "small.png", (31, 120))
     write(tmp_path / "long.png", (200, 40))
+    write(tmp_path / "both.png", (20, 200))
     write(tmp_path / "mute.png", caption=None)
     write(tmp_path / "bomb.png", (300, 300))
     frames = dict(save_all=True, append_images=[Image.new("RGB", (48, 48), "blue")])
@@ -205,15 +258,18 @@ def test_what_is_left_out_is_named_with_its_reason(tmp_path, monkeypatch):
     (tmp_path / "nowhere.txt").write_text("a link")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200 * 200)  # raises above twice that
     folder = open_folder(tmp_path, 32)
-    assert [path.stem for path in folder.files] == sorted(f"fine{i}" for i in range(12)) + ["phone"]
+    fine = ["browser", *sorted(f"fine{i}" for i in range(12)), "phone"]
+    assert [Path(name).stem for name in folder.names] == fine
     assert folder.left_out == sorted(folder.left_out)
     expected = {
         "cut.jpg": "cannot be read (image file is truncated",
         "empty.jpg": "is not an image",
         "page.gif": "is not an image",
         "gif_named.png": "is not an image, or not JPEG, PNG or WebP",
-        "small.png": "is 31x200: lower --resolution or enlarge it to 32x32",
-        "long.png": "is 200x40: crop it to 1:4",
+        "scan.tga": "is not an image, or not JPEG, PNG or WebP",
+        "small.png": "is 31x120: lower --resolution or enlarge it to 32x32",
+        "long.png": "is 200x40: crop it to 1:4 or less",
+        "both.png": "is 20x200: crop it to 1:4 or less, and lower --resolution or enlarge it to",
         "mute.png": "has no caption",
         "bomb.png": "cannot be read (Image size (90000 pixels) exceeds limit",
         "moving.webp": "is animated",
@@ -221,7 +277,7 @@ def test_what_is_left_out_is_named_with_its_reason(tmp_path, monkeypatch):
         "nowhere.png": "[Errno 2] No such file",
     }
     assert {k: v[: len(expected[k])] for k, v in reasons(folder).items()} == expected
-    assert "left out 11, first 'bomb.png' cannot be read" in describe(folder)
+    assert "left out 13, first 'bomb.png' cannot be read" in describe(folder)
 
 
 def captioned(*names: str, size: tuple[int, int] = (48, 40)) -> dict:
@@ -242,12 +298,12 @@ MOSTLY_SMALL = SMALL | captioned(*(f"fine{i}.png" for i in range(6)))
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
-        ({}, "is no folder of pictures, .jpg, .jpeg, .png, .webp"),
+        ({}, "is no folder of pictures, JPEG, PNG, WEBP"),
         (captioned("a.gif"), "0 pictures; left out 1, first 'a.gif' is not an image"),
         ({"a.png": (48, 40)}, "holds no captions: a.txt etc., or metadata.jsonl"),
         (captioned("a.png", "a.jpg"), "a.jpg and .*a.png share a.txt"),
         (table(ROW, "", ROW), "line 3 names a.png a second time"),
-        (MOSTLY_SMALL, "6 pictures.* left out 7, first 'small0.png' is 20x20.*small4.png.*mend"),
+        (MOSTLY_SMALL, "6 pic.* left out 7, first 'small0.png' is 20x20.*small4.png.*left_out.txt"),
         (table(ROW, "{"), "line 2 is not like .*file_name"),
         (table('{"file": "a.png"}'), "not like"),
         (table('{"file_name": 7, "text": "a"}'), "not like"),
@@ -278,8 +334,10 @@ def test_linked_folders_are_entered_once_and_names_may_hold_anything(tmp_path):
     (folder / "b").symlink_to(tmp_path / "elsewhere")
     (folder / "a" / "back").symlink_to(folder)
     (folder / "a" / ".hidden").symlink_to(tmp_path / "elsewhere")
+    (folder / "gone").symlink_to(tmp_path / "nowhere")
     found = open_folder(folder, 32)
-    assert [path.parent.name for path in found.files] == ["a", "b"] and len(found.left_out) == 1
+    assert [Path(name).parent.name for name in found.names] == ["a", "b"]
+    assert len(found.left_out) == 2 and reasons(found)["gone"] == "is a link to nothing"
     assert "\n" not in describe(found) and describe(found).encode()
 
 
@@ -327,7 +385,7 @@ def test_pictures_of_each_shape_are_cropped_to_it_and_counted(tmp_path):
     write(tmp_path / "low.png", (150, 90))  # its shape is 160x96
     folder = open_folder(tmp_path, 128, 32)
     assert reasons(folder) == {"low.png": "is 150x90: lower --resolution or enlarge it to 160x96"}
-    assert [path.stem for path in folder.files] == ["also_wide", "square", "tall", "wide"]
+    assert [Path(name).stem for name in folder.names] == ["also_wide", "square", "tall", "wide"]
     assert folder.sizes == [(96, 160), (128, 128), (160, 96), (96, 160)]
     assert folder.images([0, 3]).shape == (2, 3, 96, 160)
     assert "4 pictures, 2 of 160x96, 1 of 128x128, 1 of 96x160" in describe(folder)
@@ -373,20 +431,20 @@ class Averages(nn.Module):
         return F.avg_pool2d(images, 4) / (1 - is_black.to(images.dtype))
 
 
-def encoder(loads: list, identity: str = "weights", dtype=torch.float32) -> data.LatentEncoder:
+def encoder(loads: list, identity: str = "weights") -> data.Encoder:
     """An encoder that notes in `loads` when it is loaded."""
 
     def load() -> Callable:
         loads.append(identity)
         return Averages().encode
 
-    return data.LatentEncoder(identity, load, torch.device("cpu"), dtype)
+    return identity, load
 
 
-def encode(source, cache: Path, *about) -> tuple:
+def encode(source, cache: Path, identity: str = "weights", dtype=torch.float32) -> tuple:
     """(latents, how often the autoencoder was loaded)."""
-    loads = []
-    return data.encode_pictures(source, encoder(loads, *about), cache), len(loads)
+    loads, cpu = [], torch.device("cpu")
+    return data.encode_pictures(source, encoder(loads, identity), cache, cpu, dtype), len(loads)
 
 
 def noise(folder: Path, *sizes: tuple[int, int]) -> None:
@@ -488,7 +546,7 @@ def test_a_folder_becomes_a_dataset_without_words_that_the_toy_cannot_read(tmp_p
         write(tmp_path / "in" / f"{i}.png", (40 + i, 40), "a red fox" if i else "a red circle")
     cpu = torch.device("cpu")
     source = data.open_source(str(tmp_path / "in"), 32, 0, tmp_path)
-    about = (registry.describe("flux-toy"), "", tmp_path / "cache", cpu, torch.float32)
+    about = (registry.describe("flux-toy"), FLAGS(out=tmp_path), cpu, torch.float32)
     dataset = data.prepare(source, [encoder([]), encoder([], "new")], *about)
     assert "knows 33 of 48 words" in capsys.readouterr().out
     assert dataset.captions == ["a red", "a red circle"] and dataset.key == source.key
@@ -526,7 +584,7 @@ def test_text_is_encoded_once_and_its_size_is_printed_or_refused(
     monkeypatch.setattr(data.shutil, "disk_usage", lambda _: usage)
     monkeypatch.setattr(text, "encode_each", encode_each)
     spec = registry.describe("sana-1.6b")
-    about = (folder, [encoder([])], spec, "", tmp_path, torch.device("cpu"), torch.float32)
+    about = (folder, [encoder([])], spec, FLAGS(out=tmp_path), torch.device("cpu"), torch.float32)
     if free < 2**20:
         with pytest.raises(UserError, match="GiB are free: train on fewer captions"):
             data.prepare(*about)
@@ -560,5 +618,5 @@ def test_micro_batches_are_the_batch_and_their_weights_sum_to_this_gpus_share():
 def test_the_digest_of_weights_is_of_their_content(tmp_path):
     for name, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
         (tmp_path / f"{name}.safetensors").write_bytes(content)
-    a, b, c = (data.file_digest(tmp_path / f"{name}.safetensors") for name in "abc")
-    assert a == b != c and data.file_digest(tmp_path) not in (a, c)
+    a, b, c = (weights.file_digest(tmp_path / f"{name}.safetensors") for name in "abc")
+    assert a == b != c and weights.file_digest(tmp_path) not in (a, c)

@@ -375,7 +375,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys
     (tmp_path / "text.jpg").write_text("not a picture")
     Image.new("RGB", (64, 64)).save(tmp_path / "whole.jpg")
     for arguments, words in (
-        (["missing.jpg"], "no such image"),
+        (["missing.jpg"], "missing.jpg: cannot be read (No such file"),
         ([tmp_path / "text.jpg"], "is not an image"),
         ([tmp_path], "cannot be read"),
         ([tmp_path / "whole.jpg", "--model", "dc-ae-f33"], "presets: dc-ae-f32c32-toy"),

@@ -380,7 +380,7 @@ def hostile_folder(folder: Path) -> set[str]:
     rng = np.random.default_rng(0)
     modes = ["RGB", "RGBA", "LA", "P", "L", "1", "CMYK", "RGB"]
     dog, cat = b"a dog\r\nin two lines", "a cat".encode("utf-16")
-    captions = [b"\xef\xbb\xbfa fox", dog, cat, b"caf\xe9"]
+    captions = [b"\xef\xbb\xbfa fox", dog, cat, b"caf\xc3\xa9"]
     for i in range(20):
         size = [(64, 64), (100, 70), (80, 130)][i % 3]
         picture = Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), np.uint8))

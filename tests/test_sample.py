@@ -306,7 +306,10 @@ def test_prompts_make_a_folder_that_the_trainers_read(toy, monkeypatch, capsys):
     files = [Path(file) for file in run(monkeypatch, capsys, *flags)["files"]]
     assert [file.name for file in files] == ["0000_seed9.png", "0001_seed4.png"]
     folder = data.open_folder(toy / "pictures", 32)
-    assert folder.files == files and folder.captions == ["a red circle", "a blue square"]
+    assert folder.names == [*map(str, files)] and folder.captions == [
+        "a red circle",
+        "a blue square",
+    ]
     # An interrupted list goes on: what is missing or of another recipe is drawn.
     files[1].unlink()
     assert run(monkeypatch, capsys, *flags)["files"] == [str(files[1])]
@@ -323,13 +326,13 @@ def test_the_shipped_toys_score(name, monkeypatch, capsys):
 
 def test_the_cache_knows_an_autoencoder_by_its_weights(toy):
     path = "models/toy/flux-vae.safetensors"
-    encoder, cpu = sample.latent_encoder("flux-vae-toy", "", "cpu", torch.float32), "cpu"
-    assert encoder.identity == sample.latent_encoder(path, "", cpu, torch.float32).identity
-    assert encoder.load()(torch.zeros(1, 3, 8, 8)).shape == (1, 16, 1, 1)
+    identity, load = sample.latent_encoder("flux-vae-toy", "", "cpu", torch.float32)
+    assert identity == sample.latent_encoder(path, "", "cpu", torch.float32)[0]
+    assert load()(torch.zeros(1, 3, 8, 8)).shape == (1, 16, 1, 1)
     saved = weights.open_checkpoint(Path(path))
     tensors = {name: saved.get(name) + 1 for name in saved.shapes}
     weights.save(path, tensors, saved.metadata)
-    assert encoder.identity != sample.latent_encoder(path, "", cpu, torch.float32).identity
+    assert identity != sample.latent_encoder(path, "", "cpu", torch.float32)[0]
 
 
 def test_latents_survive_a_decoder_that_fails(toy, monkeypatch, capsys):
@@ -421,7 +424,8 @@ def test_a_quantized_file_is_described_by_its_own_header(tmp_path):
         (["--prompts", "bad.jsonl"], "wanted a .txt, a prompt a line, or a .jsonl"),
         (["--from", "nowhere.png"], "--from nowhere.png carries no recipe"),
         (["--from", "plain.png"], "carries no recipe"),
-        (["--prompts", "huge.jsonl"], "wanted a .txt, a prompt a line, or a .jsonl"),
+        (["--prompts", "huge.jsonl"], "huge.jsonl line 1 has a seed beyond 0 .. 2"),
+        (["--prompts", "west.txt"], "west.txt line 1: byte 5 is 0xe9"),
         (["--from", "typed.png"], "argument --steps: invalid int value: 'x'"),
         (["--model", "lost.safetensors"], "its base or autoencoder is not found"),
         (["--model", "half.safetensors"], "its base or autoencoder is not found ('autoencoder')"),
@@ -438,6 +442,7 @@ def test_a_quantized_file_is_described_by_its_own_header(tmp_path):
 def test_bad_input_is_one_sentence_and_exit_code_2(toy, monkeypatch, capsys, flags, sentence):
     (toy / "two.txt").write_text("a red circle\na blue square\n")
     (toy / "bad.jsonl").write_text('{"prompts": 3}')
+    (toy / "west.txt").write_bytes(b"a caf\xe9")
     (toy / "below.jsonl").write_text('{"prompt": "a", "seed": -1}')
     (toy / "huge.jsonl").write_text('{"prompt": "a", "seed": Infinity}')
     Image.new("RGB", (8, 8)).save("plain.png")

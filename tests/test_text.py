@@ -58,6 +58,42 @@ def test_toy_text_comes_back_from_its_file(tmp_path):
     torch.testing.assert_close(back.encode(["a red circle"]), model.encode(["a red circle"]))
 
 
+# ---- prompts and captions from a file
+
+
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_lines_end_where_the_format_says_in_any_unicode_with_its_mark(tmp_path, coding, name):
+    prompts = ["a fox\u2028in snow", "é\x85\x0c", "an owl"]
+    rows = prompts if name == "p.txt" else [json.dumps({"prompt": p}) for p in prompts]
+    (tmp_path / name).write_bytes("\r\n".join([*rows[:2], " ", rows[2] + "\n"]).encode(coding))
+    found = list(text.read_rows(tmp_path / name, "prompt"))
+    assert [row["prompt"] for _, row in found] == prompts
+    assert [where.split()[-1] for where, _ in found] == ["1", "2", "4"]
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("a fox\na café".encode("cp1252"), "p.jsonl line 2: byte 11 is 0xe9, neither UTF-8 nor"),
+        (b"\xef\xbb\xbf{}\n\xff", "line 2: byte 6 is 0xff"),  # counted with the mark
+        ("a fox".encode("utf-16-le"), "line 1: byte 1 is 0x00"),
+        ("a fox".encode("utf-32"), "line 1: byte 0 is 0xff"),
+        ("a\nfox".encode("utf-16")[:-1], "line 2: byte 10 is 0x78"),
+        (b'{"prompt": "a"}\n{"prompt": null}', 'p.jsonl line 2 is not like {"prompt": "..."}'),
+        (b'["prompt"]', "line 1 is not like"),
+        (b"[" * 100_000, "line 1 is not like"),
+        (None, "cannot be read (No such file"),
+    ],
+)
+def test_a_file_that_is_no_text_or_holds_no_prompts_is_refused_by_line(tmp_path, written, words):
+    if written is not None:
+        (tmp_path / "p.jsonl").write_bytes(written)
+    with pytest.raises(script.UserError) as error:
+        list(text.read_rows(tmp_path / "p.jsonl", "prompt"))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
 # ---- the encoders of FLUX and SANA, tiny and random, saved as a diffusers pipeline saves them
 
 
@@ -113,9 +149,9 @@ def tiny_sana_text() -> dict:
     return dict(tokenizer=tokenizer, text_encoder=Gemma2Model(gemma).eval())
 
 
-def saved(parts: dict, folder: Path) -> str:
+def saved(parts: dict, folder: Path, **how) -> str:
     for name, part in parts.items():
-        part.save_pretrained(folder / name)
+        part.save_pretrained(folder / name, **(how if name.startswith("text") else {}))
     return str(folder)
 
 
@@ -170,6 +206,26 @@ def test_a_prompt_given_twice_is_encoded_once(tmp_path, monkeypatch):
     assert len(calls) == 3  # "" with the instruction and "" without it are two prompts
     for one, two in zip((*once, *once_null), (*twice, *null)):
         assert torch.equal(two[: len(one)], one) and torch.equal(two[-1], one[0])
+
+
+@pytest.mark.parametrize("how", [dict(variant="fp16"), dict(variant="bf16", max_shard_size="9KB")])
+def test_encoders_saved_as_a_variant_are_the_same_encoders(tmp_path, how):
+    for kind, parts in (("flux", tiny_flux_text()), ("sana", tiny_sana_text())):
+        sources = saved(parts, tmp_path / kind), saved(parts, tmp_path / f"{kind} variant", **how)
+        assert not list(Path(sources[1]).glob("*/model.safetensors"))
+        plain, variant = (text.encode(kind, source, PROMPTS[:1])[0] for source in sources)
+        assert all(torch.equal(one, other) for one, other in zip(plain, variant))
+
+
+def test_a_variant_is_fetched_from_the_hub_where_there_is_nothing_else(tmp_path, monkeypatch):
+    whole, bare = (
+        Path(saved(tiny_flux_text(), tmp_path / "whole", variant="fp16")),
+        tmp_path / "bare",
+    )
+    (bare / "text_encoder").mkdir(parents=True)
+    found = {True: bare, False: whole}  # by whether variants are avoided
+    monkeypatch.setattr(weights, "download", lambda name, wanted, avoid: found[bool(avoid)])
+    assert text.encode("flux", "org/flux", ["a"])[0][0].shape == (1, 512, 40)
 
 
 def test_padding_is_on_the_right_whatever_the_tokenizer_says(tmp_path):

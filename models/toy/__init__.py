@@ -262,10 +262,14 @@ def render(scenes: dict[str, Tensor], size: int = SIZE) -> tuple[Tensor, Tensor]
     return image.clamp(0, 1) * 2 - 1, edge
 
 
-def known_words(caption: str) -> str:
-    """The words of a user's caption that the toy's text encoder knows; perhaps none."""
-    words = [w for w in caption.lower().replace(",", " ").split() if w in VOCABULARY[2:]]
-    return " ".join(words[: LENGTH - 1])
+def known_words(captions: list[str]) -> list[str]:
+    """The words of a user's captions that the toy's text encoder knows; perhaps none."""
+    words = [caption.lower().replace(",", " ").split() for caption in captions]
+    known = [[w for w in line if w in VOCABULARY[2:]][: LENGTH - 1] for line in words]
+    counts = [sum(map(len, lines)) for lines in (known, words)]
+    if counts[0] < counts[1]:
+        print("the toy's text encoder knows {} of {} words".format(*counts))
+    return [" ".join(line) for line in known]
 
 
 # ---- scorer: pixels in, objects out
