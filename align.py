@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 import dcae
 import sample
-from models import data, registry, runs, toy
+from models import data, jobs, registry, runs, toy
 from models.data import Batch, Dataset
 from models.registry import Spec
 from models.script import Files, UserError, exit_cleanly, parse_config
@@ -378,13 +378,17 @@ def compare_autoencoders(
 
 
 def main() -> None:
-    config = parse_config(Config, __doc__, defaults=registry.for_official(LARGE))
+    def defaults(model: str) -> dict:
+        return {} if registry.describe(model).is_toy else LARGE
+
+    config = parse_config(Config, __doc__, defaults=defaults)
     if config.ablation not in ("", "random"):
         raise UserError(f"--ablation {config.ablation!r}: wanted random")
     device = runs.start(config.device)
     config = replace(config, out=str(runs.folder_of(config)))
     parts = plan(config)
     with runs.locked(Path(config.out)):
+        runs.is_done(Path(config.out, "align.safetensors"), config, {})
         align(config, config.data or drawn_by_base(config, *parts[:2], device), parts, device)
     runs.finish()
 
@@ -402,14 +406,15 @@ def drawn_by_base(config: Config, base_spec: Spec, spec: Spec, device: torch.dev
     # A second-order solver needs half the calls of Euler for the same pictures (sample.py).
     spec = replace(base_spec, solver="ab2", steps=max(base_spec.steps // 2, 6))
     at_once = 2**23 if device.type == "cuda" else 2**20  # pixels
-    wanted = sample.Config(
-        model=config.model, prompts=prompts, size=f"{size}x{size}", out=str(folder),
+    wanted = sample.Job(
+        model=base_spec.transformer, prompts=prompts, size=f"{size}x{size}", out=str(folder),
         steps=spec.steps, guidance=spec.guidance, solver=spec.solver, weights=config.weights,
         adapter=config.adapter,
         batch_size=max(1, at_once // size**2), device=device.type, dtype=str(dtype)[6:],
+        **jobs.digests_of(sample.open_parts(base_spec, config.weights), config.adapter),
     )  # fmt: skip
-    mine = sample.read_jobs(wanted)[runs.rank() :: runs.world()]
-    if missing := [job for job in mine if not sample.is_made(job)]:
+    drawn = runs.on_first(lambda: jobs.read_jobs(wanted))[runs.rank() :: runs.world()]
+    if missing := [job for job in drawn if not jobs.is_made(job)]:
         sample.draw_pictures(wanted, spec, missing, device, dtype)
     runs.wait_for_all()
     return str(folder)
@@ -451,7 +456,7 @@ def plan(config: Config) -> tuple[Spec, Spec, list[int], int]:
         )
     spec = replace(base_spec, autoencoder=name, size=size, shift=config.shift or base_spec.shift)
     if spec.schedule == "flux":  # DC-Gen's own for these channels, a ratio for each size
-        own = registry.describe_flux(new.latent_channels, is_guided=True, is_map=False)
+        own = registry.describe(registry.DC_GEN.get(new.latent_channels, "flux-dev"))
         spec = replace(spec, schedule=own.schedule)
     # The toy's base knows one resolution: a new token sits amid the base tokens that it covers.
     # Official bases know many, and positions stay as they are, as in the paper: spread over 4096
@@ -470,7 +475,18 @@ def align(
     names = (base_spec.autoencoder, spec.autoencoder)
     encoders = [sample.latent_encoder(name, config.weights, device, dtype) for name in names]
     source = data.open_source(folder, spec.size, math.lcm(*pixels), out)
+    _, base, old = sample.load_pipeline(config.model, "", config.weights, "meta")
+    new = sample.load_autoencoder(spec.autoencoder, config.weights, "meta", dtype)
+    check_disk(out, source, base, [old, new], spec, dtype)
     pictures = data.prepare(source, encoders, spec, config, device, dtype)
+    base_file, old_file = sample.open_parts(base_spec, config.weights)
+    new_file, _ = sample.open_autoencoder(spec.autoencoder, config.weights)
+    notes = dict(base_digest=base_file.digest, autoencoder_digest=new_file.digest)
+    # Progress on these pictures from another start is another run's.
+    notes["origin"] = data.digest(pictures.key, old_file.digest, *notes.values())
+    pictures, saved = replace(pictures, key=notes["origin"]), out / "align.safetensors"
+    if runs.is_done(saved, config, notes):
+        return
 
     base = registry.load_transformer(base_spec, config.weights, device, dtype, config.adapter)
     base.requires_grad_(False)
@@ -496,9 +512,9 @@ def align(
     train_head(model, pictures, config, spec, watcher(model, new, spec, pictures, config))
     losses["aligned"] = held_out_loss(model, pictures, config, spec)
 
-    saved = out / "align.safetensors"
     told = replace(config, data=folder)
-    runs.save_last(saved, trained(model), runs.header(told, "align", spec, model, config.steps))
+    notes |= runs.header(told, "align", spec, model, config.steps)
+    runs.save_last(saved, trained(model), notes)
     if runs.rank() > 0:
         return
     models = {"base": (base_spec, base, old), "aligned": (spec, model, new)}
@@ -510,6 +526,26 @@ def align(
         tokens=tokens, files=[str(file) for file in files],
     ))  # fmt: skip
     runs.delete_progress(saved)
+
+
+def check_disk(
+    out: Path,
+    source: data.ImageFolder,
+    model: nn.Module,
+    autoencoders: Sequence[nn.Module],
+    spec: Spec,
+    dtype: torch.dtype,
+    trained: int = 0,  # parameters of which progress is saved
+) -> None:
+    """UserError: the disk does not hold the cache, of which nothing is there yet, and progress."""
+    width = model.config.get("joint_attention_dim") or model.config["caption_channels"]
+    text = 0 if spec.is_toy else width * (300 if spec.uses_cfg else 512)
+    latents = sum(a.latent_channels * (spec.size // a.stride) ** 2 for a in autoencoders)
+    cache = (len(source) * latents + len({*source.captions}) * text) * dtype.itemsize
+    progress = (runs.KEPT + 1) * 16 * trained  # weight, two moments, moving average
+    runs.check_room(
+        out, progress + (0 if (out / "cache").exists() else cache), "cache and progress"
+    )
 
 
 def report(config: Config, figures: dict) -> None:

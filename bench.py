@@ -40,7 +40,7 @@ import dcae
 import lora
 import quant
 import sample
-from models import data, flux, kernels, nvfp4, registry, runs, sana, script, toy, vae, weights
+from models import data, flux, jobs, kernels, nvfp4, registry, runs, sana, script, toy, vae, weights
 
 
 @dataclass(frozen=True)
@@ -365,7 +365,7 @@ def solvers(bench: Bench) -> Iterator:
         raise script.UserError(f"--model {config.model}: wanted --prompts with it")
     tasks = [] if config.prompts else toy.draw_prompts(100 if is_gpu else 6, seed=7)
     pairs = [(task.text, i) for i, task in enumerate(tasks)]
-    prompts, seeds = zip(*(pairs or sample.read_prompts(config.prompts)))
+    prompts, seeds = zip(*(pairs or jobs.read_prompts(config.prompts)))
     dtype = bench.dtype if is_gpu and not spec.is_toy else torch.float32  # as sample.py has it
     cond, null = sample.encode_text(spec, [*prompts], "", config.weights, device, dtype)
     _, model, autoencoder = sample.load_pipeline(config.model, "", config.weights, device, dtype)

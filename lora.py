@@ -28,6 +28,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ import sample
 from align import (
     ADAMW,
     CLIP,
+    check_disk,
     cosine,
     draw_batch,
     flow_loss,
@@ -48,6 +50,7 @@ from align import (
 from models import data, export, registry, runs, toy, weights
 from models.data import Dataset
 from models.flux import Flux, Modulation
+from models.identity import placed
 from models.registry import Spec
 from models.script import Files, UserError, exit_cleanly, parse_config
 
@@ -210,7 +213,10 @@ def train(
 
 
 def main() -> None:
-    config = parse_config(Config, __doc__, defaults=registry.for_official(LARGE))
+    def defaults(model: str) -> dict:
+        return {} if registry.describe(model).is_toy else LARGE
+
+    config = parse_config(Config, __doc__, defaults=defaults)
     config = replace(config, out=str(runs.folder_of(config)))
     if config.export:
         return export_run(config)
@@ -243,7 +249,7 @@ def find_aligned(config: Config) -> Path:
     header = weights.open_checkpoint(path).metadata
     if header.get("stage") != "align":
         raise UserError(f"{path} is no file of align.py (stage {header.get('stage')!r})")
-    if header["base"] != registry.describe(config.model).transformer:
+    if placed(header["base"]) != registry.describe(config.model).transformer:
         raise UserError(
             f"{path} was aligned for {header['base']}, --model is {config.model}: align that "
             f"model first"
@@ -278,18 +284,31 @@ def finetune(config: Config, start: str, device: torch.device) -> None:
         raise UserError(f"{run.path} stands on --adapter {below!r}, not {config.adapter!r}")
     spec = replace(spec, size=config.resolution or spec.size)
     dtype, out = runs.frozen_dtype(config.dtype, device, spec.is_toy), Path(config.out)
-    stride = sample.load_autoencoder(spec.autoencoder, config.weights, "meta", dtype).stride
+    _, model, autoencoder = sample.load_pipeline(start, "", config.weights, "meta")  # does it fit?
+    stride = autoencoder.stride
     runs.check_flags(config, spec.size, [stride])
+    if config.ablation == "plain" and not takes_guidance(model):
+        raise UserError(f"--ablation plain: {config.model} has no guidance that eq. (3) undoes")
+    choose_trained(model, config)
+    count, saved = sum(p.numel() for p in trained(model).values()), out / "lora.safetensors"
+    files = sample.open_parts(spec, config.weights)
+    notes = dict(autoencoder_digest=files[1].digest)
+    if base := header.get("base_digest") if run else files[0].digest:  # older runs do not say it
+        notes["base_digest"] = base
+    runs.is_done(saved, config, notes)
     flags = weights.parse_json(header.get("command", "{}"), f"the command of {start}")
     folder = config.data or flags.get("data")
     if not folder:
         raise UserError("--data is missing: wanted a folder of pictures with captions")
     encoder = sample.latent_encoder(spec.autoencoder, config.weights, device, dtype)
     source = data.open_source(folder, spec.size, stride, out)
+    check_disk(out, source, model, [autoencoder], spec, dtype, count)
     pictures = data.prepare(source, [encoder], spec, config, device, dtype)
     # Progress on these pictures from another start is another run's.
-    origin = weights.file_digest(run.path) if run else start
-    pictures = replace(pictures, key=data.digest(pictures.key, origin))
+    notes["origin"] = data.digest(pictures.key, files[0].digest)
+    pictures = replace(pictures, key=notes["origin"])
+    if runs.is_done(saved, config, notes):
+        return
 
     _, model, autoencoder = load_start(start, config.weights, device, dtype, adapter)
     choose_trained(model, config)
@@ -302,7 +321,6 @@ def finetune(config: Config, start: str, device: torch.device) -> None:
     watch = watcher(model, autoencoder, spec, pictures, config)
     curve = train(model, pictures, config, spec, watch)
 
-    saved = out / "lora.safetensors"
     tensors = {name: p.to(dtype) for name, p in trained(model).items()}  # as what it joins
     if spec.stage == "lora" and config.ablation != "full":
         tensors = joined(run, tensors)
@@ -310,7 +328,7 @@ def finetune(config: Config, start: str, device: torch.device) -> None:
     own = dict(autoencoder=spec.autoencoder, schedule=spec.schedule, shift=spec.shift)
     base_spec = replace(registry.describe(header.get("base", start)), size=spec.size, **own)
     told = replace(config, data=folder)
-    notes = runs.header(told, "lora", base_spec, model, config.steps)
+    notes |= runs.header(told, "lora", base_spec, model, config.steps)
     alpha = max((len(t) for name, t in tensors.items() if name.endswith("lora_A")), default=1)
     runs.save_last(saved, tensors, notes | {"alpha": str(float(alpha))})
     if runs.rank() > 0:
@@ -329,7 +347,7 @@ def finetune(config: Config, start: str, device: torch.device) -> None:
     rows = "\n".join(f"{step:5d}  {loss:.3f}" for step, loss in curve)
     print(f"\nstep  held-out flow loss\n{rows}")
     toy.print_scores(scores)
-    print(f"\nsaved  {'  '.join(files)}\nnext   python sample.py --model {saved}")
+    print(f"\nsaved  {'  '.join(files)}\nnext   python sample.py --model {quote(str(saved))}")
     print(json.dumps(dict(stage="lora", curve=curve, scores=scores, files=files)))
     runs.delete_progress(saved)
 

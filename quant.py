@@ -30,6 +30,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,9 @@ from tqdm import tqdm
 
 import dcae
 import sample
-from models import export, nvfp4, registry, runs, script, toy, weights
+from models import export, jobs, nvfp4, registry, runs, script, toy, weights
 from models.flux import Flux
+from models.identity import digest, placed
 from models.nvfp4 import BLOCK, QuantLinear, into_blocks, round_activations, round_blocks
 from models.registry import Spec
 from models.sana import Sana
@@ -408,14 +410,15 @@ def check(config: Config, spec: Spec, model: nn.Module, device: torch.device) ->
     if config.tokens < needed:
         raise UserError(f"--tokens {config.tokens}: wanted {needed} or more")
     base = registry.describe(config.model).transformer
-    if config.lora and weights.open_checkpoint(Path(config.lora)).metadata.get("base") != base:
+    header = weights.open_checkpoint(Path(config.lora)).metadata if config.lora else {"base": base}
+    if placed(header.get("base", "")) != base:
         raise UserError(f"--lora {config.lora} is of another base than --model {config.model}")
 
 
 def read_prompts(config: Config, is_toy: bool) -> tuple[list[str], list[str], list[toy.Prompt]]:
     """(prompts to show, prompts to calibrate on, the former as the toy's scorer reads them)."""
     if config.calib:
-        given = [prompt for prompt, _ in sample.read_prompts(config.calib)]
+        given = [prompt for prompt, _ in jobs.read_prompts(config.calib)]
     elif is_toy:
         given = toy.captions(toy.draw_scenes(PROMPTS, seed=config.seed), seed=config.seed)
     else:
@@ -458,6 +461,16 @@ def run(config: Config, device: torch.device, out: Path) -> None:
     spec, model, autoencoder = sample.load_pipeline(*parts, "meta", adapters=config.adapter)
     check(config, spec, model, device)
     shown, prompts, tasks = read_prompts(config, spec.is_toy)
+    is_laddered = spec.is_toy if config.ladder is None else config.ladder
+    ways = rungs(config, model) if is_laddered else {}
+    files, saved = sample.open_parts(spec, config.weights), out / "quant.safetensors"
+    notes = dict(base_digest=files[0].digest, autoencoder_digest=files[1].digest)
+    notes["origin"] = digest([*notes.values(), shown, prompts], [])
+    if runs.is_done(saved, config, notes):
+        return
+    thin = [f"{name}.weight" for name in layers_of(model)]  # 4 bits, scales, two thin matrices
+    size = sum(p.numel() * (0.7 if n in thin else 4) for n, p in model.named_parameters())
+    runs.check_room(out, size * (2 if ways else 1), "quant.safetensors")
     is_plain = spec.is_toy or device.type == "cpu"
     dtype = script.pick_dtype(config.dtype or ("fp32" if is_plain else "bf16"))
     sampled, batch = replace(spec, steps=config.steps or spec.steps), 64 if spec.is_toy else 1
@@ -484,16 +497,14 @@ def run(config: Config, device: torch.device, out: Path) -> None:
     calls = math.ceil(len(prompts) / batch) * sampled.steps
     calibrate = functools.partial(draw, model, learned)
     inputs = calibration_inputs(model, calibrate, calls, config.tokens)
-    is_laddered = spec.is_toy if config.ladder is None else config.ladder
-    ways = rungs(config, model) if is_laddered else {}
     chosen = next((way for way, rung in ways.items() if rung == config), "nvfp4")
-    saved, other, seconds = out / "quant.safetensors", out / "rung.safetensors", {}
+    other, seconds = out / "rung.safetensors", {}
     for way, rung in (ways | {chosen: config}).items():
         path = saved if way == chosen else other
         start = sample.clock(device)
         state, layers[way] = quantize_model(model, rung, inputs)
         seconds[way] = round(sample.clock(device) - start, 2)
-        notes = runs.header(config, "quant", spec, model, 0) | {"class": type(model).__name__}
+        notes |= runs.header(config, "quant", spec, model, 0) | {"class": type(model).__name__}
         notes |= {"layers": json.dumps(layers[way]), "spec": json.dumps(asdict(spec))}
         weights.save(path, state, notes)
         ours = nvfp4.load(path, device, dtype, config.mode)  # as a user will
@@ -503,7 +514,7 @@ def run(config: Config, device: torch.device, out: Path) -> None:
     figures = compare(images, layers, tasks)
     picture, sheet = saved.with_suffix(".png"), {way: x[:6].float() for way, x in images.items()}
     sample.save_sheet(picture, sheet, shown[:6])
-    print(f"\nsaved  {saved}  {picture}\nnext   python sample.py --model {saved}")
+    print(f"\nsaved  {saved}  {picture}\nnext   python sample.py --model {quote(str(saved))}")
     about = dict(stage="quant", model=config.model, figures=figures, bytes=saved.stat().st_size)
     about |= dict(seconds=seconds, layers=layers[chosen], files=[str(saved), str(picture)])
     print(json.dumps(about))

@@ -24,26 +24,28 @@ import functools
 import json
 import math
 import re
-import tempfile
+import shlex
+import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import dcae
-from models import data, flux, kernels, runs, sana, text, toy, vae, weights
+from models import data, flux, jobs, kernels, runs, sana, text, toy, vae, weights
+from models.identity import placed
 from models.kernels import describe_tiles, jit, tl, triton
-from models.registry import MODELS, Spec, describe, load_transformer, text_source
+from models.registry import MODELS, Spec, describe, load_transformer, open_run, text_source
 from models.script import Files, UserError, exit_cleanly, parse_config, pick_device, pick_dtype
 from models.text import Cond
 from models.weights import Device
@@ -75,9 +77,12 @@ class Config:
     dtype: str = ""  # of the weights: fp32, bf16, fp16; "": fp32 on the CPU and for toys, else bf16
 
 
-# What a picture depends on, and what its PNG remembers: not where it lies, nor on which list.
-ELSEWHERE = ("prompts", "out", "weights", "from_", "score", "attention", "compile")
-RECIPE = [field.name for field in fields(Config) if field.name not in ELSEWHERE]
+@dataclass(frozen=True)
+class Job(Config):
+    """One picture: its flags, and which files the names in them stood for."""
+
+    model_digest: str = ""  # of weights.Checkpoint
+    autoencoder_digest: str = ""
 
 
 # ---- schedule
@@ -506,14 +511,33 @@ def load_pipeline(
 ) -> tuple[Spec, nn.Module, nn.Module]:
     """The spec, the transformer and the autoencoder. Encode text first: it needs the room."""
     spec = describe(model, autoencoder)
+    open_parts(spec, folder)
     transformer = load_transformer(spec, folder, device, dtype, adapters)
     decoder = load_autoencoder(spec.autoencoder, folder, device, dtype)
+    if decoder.config["scaling_factor"] is None:
+        raise UserError(f"{spec.autoencoder} has no scaling_factor in its config: wanted a number")
     if transformer.latent_channels != decoder.latent_channels:
         raise UserError(
             f"{model} makes latents of {transformer.latent_channels} channels, and "
             f"{spec.autoencoder} reads {decoder.latent_channels}: wanted another --autoencoder"
         )
     return spec, transformer, decoder
+
+
+def open_parts(spec: Spec, folder: str) -> tuple[weights.Checkpoint, weights.Checkpoint]:
+    """The files of the transformer and of the autoencoder.
+
+    UserError: the latter is not the one that a run was trained with.
+    """
+    model, (autoencoder, _) = open_run(spec, folder), open_autoencoder(spec.autoencoder, folder)
+    told = model.metadata | (model.config or {}).get("_dc_gen", {})
+    is_own = placed(told.get("autoencoder", "")) == spec.autoencoder
+    if is_own and told.get("autoencoder_digest", autoencoder.digest) != autoencoder.digest:
+        raise UserError(
+            f"{spec.autoencoder} is not the file that {spec.transformer} was trained with: put "
+            f"that back, or name it by --autoencoder"
+        )
+    return model, autoencoder
 
 
 def open_autoencoder(source: str, folder: str) -> tuple[weights.Checkpoint, dict | None]:
@@ -535,12 +559,12 @@ def load_autoencoder(source: str, folder: str, device: Device, dtype: torch.dtyp
 def latent_encoder(source: str, folder: str, device: Device, dtype: torch.dtype) -> data.Encoder:
     """An autoencoder for the latent cache, which loads it only if there is work for it."""
     checkpoint, config = open_autoencoder(source, folder)
-    identity = data.digest(weights.file_digest(checkpoint.path), checkpoint.config or config)
+    key = data.digest(checkpoint.digest, checkpoint.config or config)
 
     def load() -> Callable[[Tensor], Tensor]:
         return functools.partial(encode, load_autoencoder(source, folder, device, dtype))
 
-    return identity, load
+    return key, load
 
 
 @torch.no_grad()
@@ -565,7 +589,7 @@ def encode_text(
     dtype: torch.dtype,
 ) -> tuple[Cond, Cond]:
     """(cond, null_cond) on the CPU; null_cond is empty unless SANA is guided."""
-    negatives = [negative_prompt] if spec.uses_cfg and spec.guidance > 1 else []
+    negatives = [negative_prompt] if spec.uses_cfg and spec.guidance != 1 else []
     source = text_source(spec, folder)
     return text.encode(spec.text_encoder, source, prompts, negatives, device, dtype)
 
@@ -671,8 +695,8 @@ def decode(autoencoder: nn.Module, latents: Tensor) -> Tensor:
 def parse_size(size: str) -> tuple[int, int]:
     """WxH -> (height, width)."""
     match = re.fullmatch(r"(\d+)x(\d+)", size)
-    if not match:
-        raise UserError(f"--size {size!r}: wanted WxH in pixels, for instance 1024x768")
+    if not match or int(match[1]) * int(match[2]) > 2**30:
+        raise UserError(f"--size {size!r}: wanted WxH in pixels, at most 2^30, such as 1024x768")
     return int(match[2]), int(match[1])
 
 
@@ -710,99 +734,37 @@ def save_sheet(path: Path, columns: dict[str, Tensor], rows: list[str]) -> None:
 
 
 def save_pictures(
-    autoencoder: nn.Module, latents: Tensor, jobs: list[Config], seconds: dict[str, float]
+    autoencoder: nn.Module, latents: Tensor, wanted: list[Job], seconds: dict[str, float]
 ) -> None:
-    """Decode, crop, write. The latents took minutes: if that fails, they are kept."""
+    """Decode, crop, write. The latents took minutes: they lie on the disk until the pictures do."""
+    cure = "look at weights and --guidance" if wanted[0].dtype == "fp32" else "try --dtype fp32"
     if not torch.isfinite(latents).all():
-        raise UserError(f"the latents hold NaN or Inf in {jobs[0].dtype}: try --dtype bf16 or fp32")
+        raise UserError(f"the latents hold NaN or Inf in {wanted[0].dtype}: {cure}")
+    kept = [Path(job.out).with_suffix(jobs.LATENTS) for job in wanted]
+    for path, job, single in zip(kept, wanted, latents.split(1)):
+        weights.save(path, {"latents": single}, {"recipe": json.dumps(jobs.recipe_of(job))})
     try:
         with timed(seconds, "decode", latents.device):
-            images = crop(decode(autoencoder, latents), parse_size(jobs[0].size))
+            images = crop(decode(autoencoder, latents), parse_size(wanted[0].size))
+        if not torch.isfinite(images).all():
+            raise UserError(f"pixels hold NaN or Inf in {wanted[0].dtype}: {cure}")
         with timed(seconds, "transfer", latents.device):
             pixels = dcae.to_pixels(images)
         with timed(seconds, "file", latents.device), ThreadPoolExecutor(8) as pool:
-            list(pool.map(write, pixels, jobs))  # zlib does not hold the GIL
-    except (RuntimeError, OSError) as error:  # no memory, on any device; no room on the disk
-        for job, single in zip(jobs, latents.split(1)):
-            kept = Path(job.out).with_suffix(".latents.safetensors")
-            weights.save(kept, {"latents": single}, {"recipe": json.dumps(recipe_of(job))})
-        raise UserError(
-            f"decoding failed ({str(error).splitlines()[0]}); latents are kept: python sample.py "
-            f"--from {kept} decodes them, with --device cpu if need be"
-        ) from error
-
-
-def write(pixels: Tensor, job: Config) -> None:
-    """A PNG with its recipe; for --prompts its caption first, as align.py --data reads it."""
-    path, notes = Path(job.out), PngImagePlugin.PngInfo()
-    if job.prompts:
-        path.with_suffix(".txt").write_text(" ".join(job.prompt.split()) + "\n")
-    notes.add_text("recipe", json.dumps(recipe_of(job)))
-    how = dict(pnginfo=notes, compress_level=1)  # at 4096 x 4096 1 s instead of 3
-    weights.write_whole(path, lambda file: Image.fromarray(pixels.numpy()).save(file, **how))
-
-
-def recipe_of(job: Config) -> dict:
-    return {name: getattr(job, name) for name in RECIPE}
-
-
-def is_made(job: Config) -> bool:
-    with suppress(UserError):  # another program's picture
-        return Path(job.out).exists() and read_recipe(Path(job.out)) == recipe_of(job)
-    return False
-
-
-def read_recipe(path: Path) -> dict:
-    """The flags that made a picture, or latents that were kept. Older versions had other flags."""
-    try:
-        if path.suffix == ".safetensors":
-            found = weights.open_checkpoint(path).metadata["recipe"]
-        else:
-            with Image.open(path) as image:
-                found = image.info["recipe"]
-        found = weights.parse_json(found, "the recipe")
-        return {name: found[name] for name in RECIPE if name in found}
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--from {path} carries no recipe of this program ({error!r})") from None
+            list(pool.map(jobs.write, pixels, wanted))  # zlib does not hold the GIL
+    except BaseException as error:  # also Ctrl-C
+        told = f"latents are kept: python sample.py --from {shlex.quote(str(kept[0]))} decodes"
+        told += " them, with --device cpu if need be"
+        if isinstance(error, RuntimeError | OSError | MemoryError | UserError):  # no room, mostly
+            cause = str(error).partition("\n")[0]
+            raise UserError(f"decoding failed ({cause}); {told}") from error
+        print(told, file=sys.stderr)
+        raise
+    for path in kept:
+        path.unlink()
 
 
 # ---- main
-
-
-def read_jobs(config: Config) -> list[Config]:
-    """One for each picture, named by its index and seed: a prompt may hold any character."""
-    pairs, out = [(config.prompt, config.seed)], Path(config.out)
-    if config.prompts:
-        pairs = read_prompts(config.prompts, config.seed)
-    names = [f"{i:04d}_seed{seed}.png" for i, (_, seed) in enumerate(pairs)]
-    if out.suffix == ".png" and len(pairs) == 1:
-        out, names = out.parent, [out.name]
-    if out.suffix in (".png", ".jpg", ".jpeg", ".webp"):
-        raise UserError(f"--out {out}: wanted a folder, or for one picture a .png")
-    out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out).close()  # if nothing can be written there, now is the time
-    given = zip(pairs, names)
-    return [replace(config, prompt=p, seed=s, out=str(out / name)) for (p, s), name in given]
-
-
-def read_prompts(file: str, seed: int = 0) -> list[tuple[str, int]]:
-    """The prompt of every line and its seed: `seed`, `seed` + 1, ..., or what a .jsonl says.
-
-    Pictures that share a noise share background and layout: a poor training set.
-    """
-    path, pairs = Path(file), []
-    try:
-        for where, row in text.read_rows(path, "prompt"):
-            own = row.get("seed", seed + len(pairs))
-            if type(own) is not int or not 0 <= own < 2**63:
-                raise UserError(f"{where} has a seed beyond 0 .. 2^63 - 1")
-            pairs.append((text.whole(row["prompt"]), own))
-        if not pairs or path.suffix not in (".txt", ".jsonl"):
-            raise UserError("no prompt in this file")
-        return pairs
-    except UserError as error:
-        wanted = 'a .txt, a prompt a line, or a .jsonl, {"prompt": "a fox", "seed": 0} a line'
-        raise UserError(f"{path}: wanted {wanted} ({error})") from None
 
 
 def clock(device: torch.device) -> float:
@@ -818,54 +780,91 @@ def timed(seconds: dict[str, float], phase: str, device: torch.device) -> Iterat
     seconds[phase] = round(seconds.get(phase, 0) + clock(device) - start, 3)
 
 
-def main() -> None:
+def read_flags() -> tuple[Config, dict]:
+    """The flags, and the recipe of --from: it counts behind the command line, then the model."""
     doc, recipe = f"{__doc__}\nnames: {', '.join(MODELS)}", {}
     if given := parse_config(Config, doc).from_:
-        recipe = read_recipe(Path(given))
+        recipe = jobs.read_recipe(Path(given))
 
-    def defaults(model: str) -> dict:  # behind the command line counts the recipe, then the model
+    def defaults(model: str) -> dict:
         spec = describe(model)
         own = dict(steps=spec.steps, guidance=spec.guidance, solver=spec.solver)
         own["size"] = f"{spec.size}x{spec.size}"
-        return own | recipe
+        for name in recipe.keys() & vars(Config()).keys() - {*jobs.ELSEWHERE}:
+            is_typed = isinstance(recipe[name], bool | None)  # argparse converts text alone
+            own[name] = recipe[name] if is_typed else str(recipe[name])
+        return own
 
     config = parse_config(Config, doc, defaults=defaults)
-    device, spec = pick_device(config.device), describe(config.model, config.autoencoder)
-    spec = replace(spec, steps=config.steps, guidance=config.guidance, solver=config.solver)
-    name = config.dtype or ("fp32" if device.type != "cuda" or spec.is_toy else "bf16")
-    config, dtype = replace(config, device=str(device), dtype=name), pick_dtype(name)
+    names = {name: placed(getattr(config, name)) for name in ("model", "autoencoder")}
+    return replace(config, **names), recipe
+
+
+def check_flags(config: Config, spec: Spec) -> None:
+    """UserError: what cannot be, or has no effect, before any file is opened."""
     if config.steps == 0 or config.batch_size == 0:
         raise UserError("--steps and --batch-size: wanted 1 or more")
-    is_map = spec.schedule == "anyflow"
-    check_solver(config.solver, config.steps, is_map)  # before anything is loaded
+    check_solver(config.solver, config.steps, spec.schedule == "anyflow")
     if config.fp8 and spec.stage == "quant":
         raise UserError(f"--fp8 and {config.model}, which is quantized already: leave --fp8 out")
     if config.negative_prompt and not spec.uses_cfg:
         raise UserError("--negative-prompt is for SANA: FLUX is guidance-distilled and takes none")
-    parts = (config.model, config.autoencoder, config.weights)
+    if config.score and not spec.is_toy:
+        raise UserError(f"--score counts shapes, {config.model} draws more: wanted a toy")
+    unused = {"prompts": ("prompt",), "score": ("prompt", "prompts", "seed", "batch_size", "fp8")}
+    for flag, names in unused.items() if not config.from_ else ():
+        for name in names if getattr(config, flag) else ():
+            if getattr(config, name) != getattr(Config, name):
+                raise UserError(f"--{name} has no effect beside --{flag}: leave one out")
+
+
+def as_used(config: Config, spec: Spec, model: weights.Checkpoint) -> Config:
+    """The flags without those that have no effect on this model."""
+    known = flux.config_from_shapes(model.shapes) | (model.config or {})
+    if not spec.uses_cfg and not known["guidance_embeds"]:
+        if config.guidance not in (None, spec.guidance):
+            raise UserError(f"--guidance {config.guidance:g}: {config.model} takes none")
+        return replace(config, guidance=None)
+    if config.negative_prompt and config.guidance == 1:
+        print("--guidance 1 is one pass without the negative prompt, which is left out")
+        return replace(config, negative_prompt="")
+    return config
+
+
+def main() -> None:
+    config, recipe = read_flags()
+    device, spec = pick_device(config.device), describe(config.model, config.autoencoder)
+    check_flags(config, spec)
+    name = config.dtype or ("fp32" if device.type != "cuda" or spec.is_toy else "bf16")
+    config, dtype = replace(config, device=str(device), dtype=name), pick_dtype(name)
+    files = open_parts(spec, config.weights)
+    config = as_used(config, spec, files[0])
+    spec = replace(spec, steps=config.steps, guidance=config.guidance, solver=config.solver)
     if config.score:
-        if not spec.is_toy:
-            raise UserError(f"--score counts shapes, {config.model} draws more: wanted a toy")
+        parts = (config.model, config.autoencoder, config.weights)
         _, *models = load_pipeline(*parts, device, dtype, config.adapter)
         prompts = toy.draw_prompts(config.score, seed=7)
         rates, _ = score_toy(*models, spec, prompts)
         toy.print_scores({config.model: rates})
         return print(json.dumps({"model": config.model, "prompts": len(prompts)} | rates))
-    jobs = read_jobs(config)
-    if given.endswith(".safetensors"):
-        latents = weights.open_checkpoint(Path(given)).get("latents")
+    job = Job(**vars(config), **jobs.digests_of(files, config.adapter))
+    jobs.check_origin(job, recipe)
+    if config.from_.endswith(".safetensors"):
         autoencoder = load_autoencoder(spec.autoencoder, config.weights, device, dtype)
-        save_pictures(autoencoder, latents, jobs, {})
-        return print(json.dumps({"stage": "decode", "files": [jobs[0].out]}))
-    if config.prompts:  # an interrupted list goes on with what is missing or of another recipe
-        jobs = [job for job in jobs if not is_made(job)]
-    if not jobs:
+        about = (autoencoder.latent_channels, autoencoder.stride, parse_size(config.size))
+        latents, wanted = jobs.open_latents(job, recipe, *about), jobs.read_jobs(job)
+        save_pictures(autoencoder, latents, wanted, {})
+        return print(json.dumps({"stage": "decode", "files": [wanted[0].out]}))
+    wanted = jobs.read_jobs(job)
+    if config.prompts:  # an interrupted list goes on with what is missing
+        wanted = [job for job in wanted if not jobs.is_made(job)]
+    if not wanted:
         return print(json.dumps({"stage": "sample", "files": []}))
-    print(json.dumps(draw_pictures(config, spec, jobs, device, dtype)))
+    print(json.dumps(draw_pictures(config, spec, wanted, device, dtype)))
 
 
 def draw_pictures(
-    config: Config, spec: Spec, jobs: list[Config], device: torch.device, dtype: torch.dtype
+    config: Config, spec: Spec, wanted: list[Job], device: torch.device, dtype: torch.dtype
 ) -> dict:
     """Draw and write the pictures of these jobs. The figures of the last line."""
     attention_name, attend = pick_attention(config.attention, device, dtype)
@@ -874,9 +873,12 @@ def draw_pictures(
     _, transformer, autoencoder = load_pipeline(*parts, "meta", adapters=config.adapter)
     grid = latent_grid(parse_size(config.size), autoencoder.stride, transformer.patch_size)
     tokens = math.prod(grid) // transformer.patch_size**2
+    folder, pixels = Path(wanted[0].out).parent, math.prod(parse_size(config.size))
+    runs.check_room(folder, 2 * len(wanted) * pixels, f"{len(wanted)} pictures")
+    guidance = "no guidance" if spec.guidance is None else f"guidance {spec.guidance:g}"
     print(
         f"sample | {config.model} + {spec.autoencoder} | {config.size}, {tokens} tokens | "
-        f"{spec.steps} {spec.solver} steps, guidance {spec.guidance:g} | {config.dtype} | "
+        f"{spec.steps} {spec.solver} steps, {guidance} | {config.dtype} | "
         f"seed {config.seed} | {config.device}, {attention_name} attention"
     )
     is_fast, threads = config.fast and device.type == "cuda", ThreadPoolExecutor(1)
@@ -886,7 +888,7 @@ def draw_pictures(
     compiling = threads.submit(speed_up_decoder, autoencoder) if is_fast else None
     with timed(seconds, "text", device):
         how = (config.negative_prompt, config.weights, device, dtype)
-        cond, null_cond = encode_text(spec, [job.prompt for job in jobs], *how)
+        cond, null_cond = encode_text(spec, [job.prompt for job in wanted], *how)
     with timed(seconds, "load", device):
         transformer = load_transformer(spec, config.weights, device, dtype, config.adapter)
         transformer.attention = attend
@@ -895,20 +897,20 @@ def draw_pictures(
         stepper = speed_up(transformer, config.compile) if is_fast else None
         if compiling:
             compiling.result()
-    batches = torch.arange(len(jobs)).split(config.batch_size)
+    batches = torch.arange(len(wanted)).split(config.batch_size)
     with tqdm(total=len(batches) * spec.steps, desc="sample", unit="step") as bar:
         for rows in batches:
-            some, words = [jobs[i] for i in rows], tuple(c[rows] for c in cond)
+            some, words = [wanted[i] for i in rows], tuple(c[rows] for c in cond)
             given = (spec, words, null_cond, [job.seed for job in some], grid, stepper, bar)
             with timed(seconds, "steps", device):
                 latents = draw_latents(transformer, *given)
             save_pictures(autoencoder, latents, some, seconds)
     print("\nseconds  " + ", ".join(f"{phase} {value:.2f}" for phase, value in seconds.items()))
-    print(f"saved    {jobs[0].out}" + f" and {len(jobs) - 1} more" * (len(jobs) > 1))
-    print(f"next     python sample.py --from {jobs[0].out}   # the same picture again")
+    print(f"saved    {wanted[0].out}" + f" and {len(wanted) - 1} more" * (len(wanted) > 1))
+    print(f"next     python sample.py --from {shlex.quote(wanted[0].out)}   # the same again")
     shown = ("model", "size", "steps", "guidance", "dtype", "device")
     figures = {"stage": "sample"} | {name: getattr(config, name) for name in shown}
-    figures |= {"tokens": tokens, "seconds": seconds, "files": [job.out for job in jobs]}
+    figures |= {"tokens": tokens, "seconds": seconds, "files": [job.out for job in wanted]}
     if device.type == "cuda":
         figures["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
     return figures

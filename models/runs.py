@@ -16,10 +16,12 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -40,7 +42,8 @@ from models.registry import Spec
 from models.script import UserError
 
 # These flags may differ when an interrupted run goes on: they move memory and files, no result.
-MAY_CHANGE = {"micro_batch", "save_every", "device", "out", "weights"}
+# (Which pictures lie in --data, the origin says.)
+MAY_CHANGE = {"micro_batch", "save_every", "device", "out", "weights", "data"}
 PATIENCE = 10  # steps in a row that may be skipped
 KEPT = 2  # progress files: the newest, and the one before in case that is damaged
 
@@ -151,13 +154,23 @@ def check_flags(config, size: int, factors: Sequence[int]) -> None:
         raise UserError(f"--resolution {size} is no multiple of {factor}: try {nearest}")
 
 
+def check_room(folder: Path, size: int = 0, what: str = "") -> None:
+    """Make the folder. OSError: it takes no files. UserError: it takes not so many bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+    size, free = math.ceil(size / 1e6), shutil.disk_usage(folder).free // 10**6
+    if size > free:
+        told = f"{what} may take {size:,} MB in {folder}, and {free:,} MB are free"
+        raise UserError(f"{told}: free some room, or name another --out")
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One run a folder. The system drops the lock with the process, however that ends."""
     if rank() > 0:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    check_room(folder)
     with (folder / ".lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -361,12 +374,7 @@ class Run:
 
     def refuse_other(self, path: Path, notes: dict) -> None:
         """UserError: this progress was made with other flags, pictures, or another start."""
-        then = notes["command"]
-        changed = [
-            f"--{name.replace('_', '-')} {then.get(name)}"
-            for name, value in asdict(self.config).items()
-            if value != then.get(name) and name not in MAY_CHANGE
-        ]
+        changed = changed_flags(self.config, notes["command"])
         if notes["origin"] != self.origin:
             changed.append("other pictures or another file of align.py")
         if changed:
@@ -374,6 +382,36 @@ class Run:
                 f"{path} is of an interrupted run with {', '.join(changed)}: bring that back to "
                 f"finish it, or delete {self.out}/*.progress-*"
             )
+
+
+def changed_flags(config, then: dict) -> list[str]:
+    """The flags of an earlier command that are others now, as they were."""
+    return [
+        f"--{name.replace('_', '-')} {then.get(name)}"
+        for name, value in asdict(config).items()
+        if value != then.get(name) and name not in MAY_CHANGE
+    ]
+
+
+def is_done(saved: Path, config, notes: dict[str, str]) -> bool:
+    """Does the result of this command lie there? UserError: that of another, which stays.
+
+    notes: what its header has to say, as far as that is known. Older files say less.
+    """
+    if not saved.exists() or any(saved.parent.glob(f"{saved.stem}*.progress-*")):
+        return False
+    header = weights.open_checkpoint(saved).metadata
+    changed = changed_flags(config, weights.parse_json(header.get("command", "{}"), f"{saved}"))
+    changed += [f"another {key}" for key, now in notes.items() if header.get(key, now) != now]
+    if changed:
+        raise UserError(
+            f"{saved} is of a finished run with {', '.join(changed)}: name another --out, or move "
+            f"it away"
+        )
+    if "origin" in notes and rank() == 0:
+        print(f"{saved} is done: move it away to make it anew")
+        print(json.dumps(dict(stage=saved.stem, done=True, files=[str(saved)])))
+    return True
 
 
 def draw_curve(out: Path) -> None:

@@ -4,6 +4,7 @@ import argparse
 import errno
 import inspect
 import re
+import resource
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -29,11 +30,11 @@ def exit_cleanly(main: Callable[[], None]) -> None:
             raise
         cause = f"{error.filename or 'a file'} cannot be written ({error.strerror or error})"
         sentence = f"{cause}: free some room or name another --out; saved progress is sound"
-    except RuntimeError as error:  # a CPU has no class of its own for it
-        memory = re.search(r"(\w+ )*out of memory|can't allocate memory", str(error))
-        if not memory:
+    except (RuntimeError, MemoryError) as error:  # a CPU has no class of its own for it
+        kinds = r"(\w+ )*out of memory|can't allocate memory|\bMemoryError"
+        if not (memory := re.search(kinds, repr(error))):
             raise
-        sentence = f"{memory[0]}: a smaller picture or batch, or --micro-batch 1, may fit"
+        sentence = f"{memory[0]}: a smaller picture or batch, --rank or --micro-batch 1 may fit"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -88,7 +89,7 @@ def parse_config(
     config = cls(**vars(parser.parse_args(argv)))
     for name, value in vars(config).items():
         if isinstance(value, int | float) and not 0 <= value < 2**63:  # NaN is neither
-            raise UserError(f"--{name.replace('_', '-')} {value}: wanted a number from 0 on")
+            raise UserError(f"--{name.replace('_', '-')} {value}: wanted a number, not negative")
     return config
 
 
@@ -96,17 +97,16 @@ def pick_device(name: str = "") -> torch.device:
     """The named device, or the best one here: CUDA, then Apple's MPS, then the CPU."""
     counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     available = [kind for kind, count in counts.items() if count] + ["cpu"]
-    if not name:
-        return torch.device(available[0])
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name!r} is no device; here: {', '.join(available)}") from None
-    if device.type not in available or (device.index or 0) >= counts.get(device.type, 1):
-        raise UserError(f"--device {name} is not available; here: {', '.join(available)}")
-    if device.index:  # kernels and graphs go to the current one
-        torch.cuda.set_device(device)
-    return device
+    kind, _, index = (name or available[0]).partition(":")
+    if kind not in available or index not in map(str, ["", *range(counts.get(kind, 1))]):
+        raise UserError(f"--device {name} is no device here: {', '.join(available)}")
+    if kind == "cpu" and sys.platform == "linux":  # which kills who asks for more than there is
+        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", open("/proc/meminfo").read())[1])
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)  # -1: none
+        resource.setrlimit(resource.RLIMIT_DATA, (min(free, most % 2**63), most))
+    if kind == "cuda" and index:  # kernels and graphs go to the current one
+        torch.cuda.set_device(name)
+    return torch.device(name or kind)
 
 
 def pick_dtype(name: str, flag: str = "--dtype") -> torch.dtype:

@@ -11,7 +11,7 @@ Runs    A file of ours holds the trained tensors only. Its header names the base
         other tensors come from, and LoRA pairs are merged into that base while it loads.
 """
 
-import hashlib
+import inspect
 import json
 import math
 import os
@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from models.identity import DECISIVE, digest
 from models.script import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -130,13 +131,16 @@ class Checkpoint:
     metadata: dict[str, str]  # free text in the safetensors header
     shapes: dict[str, tuple[int, ...]]
     sources: dict  # tensor name -> its slice of an open safetensors file, or the mapped tensor
+    files: Sequence[Path] = ()
 
     def get(self, name: str, device: Device = "cpu") -> Tensor:
-        """On "meta" the shape alone. KeyError: there is no such tensor."""
-        if torch.device(device).type == "meta":
-            return torch.empty(self.shapes[name], device="meta")
-        source = self.sources[name]
-        tensor = source if isinstance(source, Tensor) else source[...]
+        """On "meta" the shape alone, of integers or not. KeyError: there is no such tensor."""
+        source = self.sources.get(name)
+        if torch.device(device).type == "meta" and not isinstance(source, Tensor):
+            is_float = not source or re.match("B?F", source.get_dtype())
+            dtype = torch.float32 if is_float else torch.int32
+            return torch.empty(self.shapes[name], dtype=dtype, device="meta")
+        tensor = source if isinstance(source, Tensor) else self.sources[name][...]
         layer, _, leaf = name.rpartition(".")
         if "float8" in str(tensor.dtype) and leaf in ("weight", "bias"):
             tensor = tensor.float()  # torch joins fp8 with no other type
@@ -144,6 +148,12 @@ class Checkpoint:
                 if scale in self.sources:
                     tensor *= self.sources[scale][...].float().item()
         return tensor.to(device)
+
+    @property
+    def digest(self) -> str:
+        """Of config, tensors and, of a run, what its header says of its pictures."""
+        config = {k: v for k, v in (self.config or {}).items() if not k.startswith("_")}
+        return digest([config, *map(self.metadata.get, DECISIVE)], self.files)
 
     @property
     def is_run(self) -> bool:
@@ -236,16 +246,7 @@ def open_safetensors(paths: list[Path], config: dict | None) -> Checkpoint:
     metadata = file.metadata() or {}
     if "config" in metadata:
         config = parse_json(metadata["config"], f"the config in the header of {path}")
-    return Checkpoint(path, config, metadata, shapes, sources)
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file of weights, or of all files in a folder of shards."""
-    total = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()
+    return Checkpoint(path, config, metadata, shapes, sources, paths)
 
 
 def why_broken(path: Path, error: Exception) -> str:
@@ -266,7 +267,7 @@ def open_pickle(path: Path, config: dict | None) -> Checkpoint:
     except Exception:  # noqa: BLE001  a damaged stream raises any of a dozen kinds
         cause = "is damaged or holds more than tensors, and was not run"
         raise UserError(f"{path} {cause}: take its .safetensors") from None
-    return Checkpoint(path, config, {}, shapes, tensors)
+    return Checkpoint(path, config, {}, shapes, tensors, [path])
 
 
 def open_model(
@@ -288,6 +289,8 @@ def open_model(
         checkpoint = open_checkpoint(locate(base, presets, weights, subfolder)[0], subfolder)
         if checkpoint.is_run:
             raise UserError("it is a run itself, wanted a complete model")
+        if run.metadata.get("base_digest") not in (None, checkpoint.digest):
+            raise UserError("it is not the file that was trained on: put that back, or train anew")
     except UserError as error:
         raise UserError(f"{source} builds on {base}, which does not load: {error}") from None
     return checkpoint, config or run.config, run
@@ -301,6 +304,12 @@ def build(cls: type[nn.Module], config: dict | None, path: Path) -> nn.Module:
     if config is None:
         raise UserError(f"{path} carries no config: pass its folder, or name a preset")
     config = {key: value for key, value in config.items() if not key.startswith("_")}
+    for key, kind in inspect.get_annotations(cls.__init__).items():
+        value = config.get(key, 0)
+        if kind not in (int, float) and (value is None or kind not in (int | None, float | None)):
+            continue
+        if not (isinstance(value, int | float) and math.isfinite(value)):
+            raise UserError(f"config of {path}: {key} is {value!r}, wanted a number")
     try:
         with torch.device("meta"):
             return cls(**config)
@@ -384,15 +393,18 @@ def check(
     dropped: str | re.Pattern = NOTHING,
 ) -> None:
     """Assemble all shapes before a byte is read; complain once, five of a kind."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    missing, mismatched = [], []
-    for name, shape in wanted.items():
+    wanted, missing, mismatched = model.state_dict(), [], []
+    for name, tensor in wanted.items():
+        shape = tuple(tensor.shape)
         try:
-            found = tuple(assemble(name, rows, checkpoint, run, "meta").shape)
+            part = assemble(name, rows, checkpoint, run, "meta")
+            found = tuple(part.shape)
+            if tensor.is_floating_point() > part.is_floating_point():
+                found = f"{found} of integers"  # quantized by another program
         except KeyError as error:
             missing.append(error.args[0])
             continue
-        except (RuntimeError, IndexError, ValueError, ZeroDivisionError) as error:
+        except (RuntimeError, IndexError, ValueError, ArithmeticError) as error:
             found = f"not to be assembled ({str(error).splitlines()[0]})"
         if found != shape:
             mismatched.append(f"{name} is {found}, the model has {shape}")
@@ -421,13 +433,25 @@ def save(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str])
     size = sum(tensor.nbytes for tensor in tensors.values())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if free < size + 2**20:
-            raise OSError(f"it takes {size / 1e6:.0f} MB and {free / 1e6:.0f} MB are free")
-        write_whole(path, lambda partial: save_file(tensors, partial, metadata))
+        free, size = shutil.disk_usage(path.parent).free // 10**6, size // 10**6 + 2  # with a spare
+        if free < size:
+            raise OSError(f"it takes {size} MB and {free} MB are free")
+        write_whole(path, lambda partial: save_sorted(tensors, partial, metadata))
         path.chmod(0o644)  # safetensors writes for the owner only
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} not written ({error}); what was there is intact") from None
+
+
+def save_sorted(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """save_file, which writes the metadata in random order: here equal contents are equal files."""
+    save_file(tensors, path, metadata)
+    if not metadata:
+        return
+    with path.open("r+b") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header["__metadata__"] = dict(sorted(metadata.items()))
+        file.seek(8)  # the text is as long as before
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

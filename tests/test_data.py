@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageCms
 from torch import Tensor, nn
 
-from models import data, registry, text, weights
+from models import data, registry, text
 from models.data import CachedRows, describe, open_folder, open_image
 from models.script import UserError
 
@@ -613,10 +613,3 @@ def test_micro_batches_are_the_batch_and_their_weights_sum_to_this_gpus_share():
             joined = torch.cat([getattr(part, name) for part in parts])
             assert torch.equal(joined, getattr(batch, name))
         assert torch.equal(torch.cat([part.cond[1] for part in parts]), column + 1)
-
-
-def test_the_digest_of_weights_is_of_their_content(tmp_path):
-    for name, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
-        (tmp_path / f"{name}.safetensors").write_bytes(content)
-    a, b, c = (weights.file_digest(tmp_path / f"{name}.safetensors") for name in "abc")
-    assert a == b != c and weights.file_digest(tmp_path) not in (a, c)

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from torch import nn
 
 import align
 import lora
+import quant
 import sample
 from models import data, flux, runs, weights
 from models.script import UserError
@@ -203,6 +205,63 @@ def test_what_is_trained_is_not_trained_again_for_its_report(tmp_path, monkeypat
         patch.setattr(runs.Run, "is_finite", None)  # no step is left
         assert run_main(align, patch, capsys, *flags)["scores"]
     assert not list(tmp_path.glob("*.progress-*"))
+
+
+def test_a_finished_run_stays_and_its_parts_are_known_by_content(tmp_path, monkeypatch, capsys):
+    """By lora.py, the sampler, an export and quant.py: from any folder, and never another file."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("flux", "dc-ae-f32c32"):
+        shutil.copy(ROOT / f"models/toy/{name}.safetensors", tmp_path / f"{name}.safetensors")
+    own = ["--model", "flux.safetensors", "--steps", 1, "--per-task", 0, "--out", "r"]
+    flags = ["--autoencoder", "dc-ae-f32c32.safetensors", "--scenes", 24, *own]
+    run_main(align, monkeypatch, capsys, *flags)
+    first = Path("r/align.safetensors").read_bytes()
+    assert run_main(align, monkeypatch, capsys, *flags)["done"]
+    with pytest.raises(UserError, match="of a finished run with --steps 1: name another --out"):
+        run_main(align, monkeypatch, capsys, *flags, "--steps", 2)
+    assert Path("r/align.safetensors").read_bytes() == first
+    run_main(lora, monkeypatch, capsys, *own, "--rank", 2)
+    assert run_main(lora, monkeypatch, capsys, *own, "--rank", 2)["done"]
+    saved, elsewhere = tmp_path / "r" / "lora.safetensors", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with monkeypatch.context() as moved:
+        moved.chdir(elsewhere)  # headers hold whole paths
+        assert sample.load_pipeline(str(saved), device="meta")[0].stage == "lora"
+    for name in ("flux", "dc-ae-f32c32"):
+        file = weights.open_checkpoint(Path(f"{name}.safetensors"))
+        changed = {key: 1.5 * file.get(key) for key in file.shapes}
+        before = file.path.read_bytes()
+        weights.save(file.path, changed, file.metadata)
+        attempts = {
+            lora: [*own, "--rank", 3], sample: ["--model", saved, "--out", "x.png"],
+            quant: ["--model", saved, "--out", "q", "--lora", "none"],
+        }  # fmt: skip
+        for module, given in (*attempts.items(), (lora, [*own, "--export", "diffusers"])):
+            with pytest.raises(UserError, match=r"is not the file that|of a finished run with"):
+                run_main(module, monkeypatch, capsys, *given)
+        assert not Path("x.png").exists() and not Path("q/quant.safetensors").exists()
+        file.path.write_bytes(before)
+
+
+@pytest.mark.parametrize("module", [align, lora, quant, sample])
+def test_a_full_disk_is_seen_before_anything_is_loaded(module, tmp_path, monkeypatch, capsys):
+    flags = {align: ["--scenes", 24], lora: ["--aligned", tmp_path / "a/align.safetensors"]}
+    if module is lora:
+        short = ["--scenes", 24, "--steps", 1, "--per-task", 0, "--out", tmp_path / "a"]
+        run_main(align, monkeypatch, capsys, *short)
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(weights.Checkpoint, "get", only_on_meta(weights.Checkpoint.get))
+    with pytest.raises(UserError, match=r"may take [\d,]+ MB in .*, and 0 MB are free"):
+        run_main(module, monkeypatch, capsys, *flags.get(module, []), "--out", tmp_path / "out")
+
+
+def only_on_meta(get):
+    def checked(self, name, device="cpu"):
+        assert str(device) == "meta", "weights are read before the disk is seen to be full"
+        return get(self, name, device)
+
+    return checked
 
 
 def test_progress_on_other_pictures_is_refused(tmp_path):

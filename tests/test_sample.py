@@ -235,9 +235,9 @@ def as_tensor(image: Image.Image) -> torch.Tensor:
     return torch.tensor(list(image.convert("RGB").tobytes())).view(image.height, image.width, 3)
 
 
-def save_with_recipe(path: str, recipe: dict) -> None:
+def save_with_recipe(path: str, recipe: dict, text: str = "") -> None:
     notes = PngImagePlugin.PngInfo()
-    notes.add_text("recipe", json.dumps(recipe))
+    notes.add_text("recipe", text or json.dumps(recipe))
     Image.new("RGB", (8, 8)).save(path, pnginfo=notes)
 
 
@@ -318,6 +318,53 @@ def test_prompts_make_a_folder_that_the_trainers_read(toy, monkeypatch, capsys):
     assert again == [str(file) for file in files]
 
 
+def test_no_picture_of_another_recipe_is_replaced(toy, monkeypatch, capsys):
+    flags = ["--steps", 1, "--prompt", "a red circle"]
+    (first,) = run(monkeypatch, capsys, *flags)["files"]
+    before = Path(first).read_bytes()
+    assert run(monkeypatch, capsys, *flags)["files"] == [first]  # the same again
+    (second,) = run(monkeypatch, capsys, *flags, "--guidance", 2)["files"]
+    assert Path(second).name == "0001_seed0.png" and Path(first).read_bytes() == before
+    # A named file is replaced, and what was there is set aside.
+    Path(first).rename("x.png")
+    run(monkeypatch, capsys, *flags, "--guidance", 3, "--out", "x.png")
+    assert Path(".earlier-0/x.png").read_bytes() == before != Path("x.png").read_bytes()
+
+
+def test_a_folder_of_prompts_is_this_lists(toy, monkeypatch, capsys):
+    for name, lines in (("a", ["a red circle"] * 3), ("b", ["a blue square"])):
+        (toy / f"{name}.txt").write_text("\n".join(lines))
+    Path("d").mkdir()
+    Image.new("RGB", (8, 8)).save("d/mine.png")
+    run(monkeypatch, capsys, "--prompts", "a.txt", "--steps", 1, "--out", "d")
+    monkeypatch.setattr(sys, "argv", ["x", *"--prompts b.txt --steps 1 --out d".split()])
+    sample.main()
+    told = capsys.readouterr().out
+    assert {path.name for path in Path("d").glob("*.*")} - {".earlier-0"} == {
+        "mine.png", "0000_seed0.png", "0000_seed0.txt",
+    }  # fmt: skip
+    assert (
+        len([*Path("d/.earlier-0").iterdir()]) == 6
+        and "also in d, and not of this list: mi" in told
+    )
+
+
+@pytest.mark.parametrize("part", ["flux", "flux-vae"])
+def test_a_picture_is_repeated_with_the_files_it_was_made_with(part, toy, monkeypatch, capsys):
+    name = {"flux": "model", "flux-vae": "autoencoder"}[part]
+    own = [f"--{name}", f"models/toy/{part}.safetensors"]
+    (file,) = run(monkeypatch, capsys, *own, "--steps", 1, "--out", toy / "x.png")["files"]
+    (toy / "elsewhere").mkdir()
+    monkeypatch.chdir(toy / "elsewhere")  # the recipe holds the whole path
+    run(monkeypatch, capsys, "--from", file, "--out", "y.png")
+    assert Path("y.png").read_bytes() == Path(file).read_bytes()
+    saved = weights.open_checkpoint(toy / own[1])
+    tensors = {name: saved.get(name) * 1.5 for name in saved.shapes}
+    weights.save(toy / own[1], tensors, saved.metadata)
+    with pytest.raises(script.UserError, match=f"the {name} is another file than"):
+        run(monkeypatch, capsys, "--from", file, "--out", "z.png")
+
+
 @pytest.mark.parametrize("name", ["dc-gen-toy", "sana-toy"])
 def test_the_shipped_toys_score(name, monkeypatch, capsys):
     scored = run(monkeypatch, capsys, "--model", name, "--score", 2)
@@ -338,11 +385,24 @@ def test_the_cache_knows_an_autoencoder_by_its_weights(toy):
 def test_latents_survive_a_decoder_that_fails(toy, monkeypatch, capsys):
     flags = ["--steps", 1, "--prompt", "a red circle"]
     good = run(monkeypatch, capsys, *flags, "--out", "good.png")
-    with monkeypatch.context() as broken, pytest.raises(script.UserError, match="--from kept.lat"):
-        broken.setattr(FluxVAE, "decode", lambda *_: torch.zeros(2).view(3))
-        run(monkeypatch, capsys, *flags, "--out", "kept.png")
-    run(monkeypatch, capsys, "--from", "kept.latents.safetensors", "--out", "late.png")
-    assert torch.equal(pixels("late.png"), pixels(good["files"][0]))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    failures = {
+        "--from kept.lat": (script.UserError, lambda *_: torch.zeros(2).view(3)),
+        "pixels hold NaN or Inf in fp32: look": (script.UserError, lambda _, x: x[:, :3] / 0),
+        "": (KeyboardInterrupt, interrupted),  # by then they are on the disk: kill -9 is the same
+    }
+    for words, (kind, decode) in failures.items():
+        with monkeypatch.context() as broken, pytest.raises(kind, match=words):
+            broken.setattr(FluxVAE, "decode", decode)
+            run(monkeypatch, capsys, *flags, "--out", "kept.png")
+        assert not Path("kept.png").exists()
+        run(monkeypatch, capsys, "--from", "kept.latents.safetensors", "--out", "late.png")
+        assert torch.equal(pixels("late.png"), pixels(good["files"][0]))
+        Path("kept.latents.safetensors").unlink()
+    assert not [*Path().glob("*.latents*")]  # where all went well none are left
 
 
 def test_a_run_of_ours_brings_its_base_and_autoencoder(tmp_path):
@@ -437,6 +497,17 @@ def test_a_quantized_file_is_described_by_its_own_header(tmp_path):
         (["--autoencoder", "nonsense"], "no file, no folder and no preset"),
         (["--attention", "flash"], "wanted torch or triton"),
         (["--model", "flux-krea", "--score", "1"], "wanted a toy"),
+        (["--score", "1", "--fp8"], "--fp8 has no effect beside --score"),
+        (["--prompts", "two.txt", "--prompt", "a ring"], "--prompt has no effect beside --prompts"),
+        (["--guidance", "-2"], "--guidance -2.0: wanted a number, not negative"),
+        (["--model", "plain.safetensors", "--guidance", "2"], "plain.safetensors takes none"),
+        (["--size", "32x99999999999999999999"], "wanted WxH in pixels, at most 2^30"),
+        (["--from", "deep.png"], "carries no recipe of this program (it is no readable JSON"),
+        (["--from", "listed.png"], "carries no recipe of this program (steps is neither text nor"),
+        (["--from", "none.safetensors"], "holds latents of shape (): wanted (1, 16, h, w)"),
+        (["--from", "none.safetensors", "--steps", "9"], "--steps changes nothing of latents"),
+        (["--model", "self.safetensors"], "self.safetensors is a run itself, wanted a complete"),
+        (["--autoencoder", "null.safetensors"], "scaling_factor is None, wanted a number"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(toy, monkeypatch, capsys, flags, sentence):
@@ -453,6 +524,19 @@ def test_bad_input_is_one_sentence_and_exit_code_2(toy, monkeypatch, capsys, fla
     base = weights.open_checkpoint("models/toy/flux.safetensors")
     tensors = {name: base.get(name) for name in base.shapes} | {"img_in.bias": torch.zeros(3)}
     weights.save("other.safetensors", tensors, base.metadata)
+    for name, steps in (("deep.png", "[" * 100_000), ("listed.png", '{"steps": [1]}')):
+        save_with_recipe(name, {}, steps)
+    told = {"recipe": '{"model": "flux-toy", "dtype": "fp32", "steps": 1}'}
+    weights.save("none.safetensors", {"x": torch.zeros(2)}, told)
+    header = {"stage": "lora", "base": "self.safetensors", "autoencoder": "flux-vae-toy"}
+    weights.save("self.safetensors", {"x": torch.zeros(1)}, header)
+    vae_file = weights.open_checkpoint(Path("models/toy/flux-vae.safetensors"))
+    config = {"config": json.dumps(vae_file.config | {"scaling_factor": None})}
+    tensors = {name: vae_file.get(name) for name in vae_file.shapes}
+    weights.save("null.safetensors", tensors, config)
+    plain = Flux(**base.config | {"guidance_embeds": False})
+    config = {"config": json.dumps(plain.config)}
+    weights.save("plain.safetensors", plain.state_dict(), config)
     monkeypatch.setattr(sys, "argv", ["sample.py", "--device", "cpu", *flags])
     with pytest.raises(SystemExit) as stop:
         script.exit_cleanly(sample.main)

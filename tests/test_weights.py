@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -645,3 +646,51 @@ def test_devices_and_dtypes_are_picked_or_refused():
         assert script.pick_dtype(name) == torch.bfloat16
     with pytest.raises(UserError, match="one of fp32, bf16, fp16"):
         script.pick_dtype("int4")
+
+
+# ---- which model a name stands for
+
+
+def test_a_digest_is_of_what_a_model_is_and_not_of_how_its_file_says_it(base, tmp_path):
+    tensors, header = load_file(base), safe_open(base, "pt").metadata()
+    first, other = open_checkpoint(base).digest, tmp_path / "other.safetensors"
+    notes = {f"note {i}": str(i) for i in range(9)}
+    save_file(tensors, other, header | notes)
+    assert open_checkpoint(other).digest == first
+    large = {"w": torch.zeros(2**18), "v": torch.zeros(1, 2**22)}  # the second is read in pieces
+    for name, place in (("w", 5), ("w", -1), ("v", slice(2**20, 2**21))):
+        save_file(large, other)
+        before = open_checkpoint(other).digest
+        changed = {k: v.clone() for k, v in large.items()}
+        changed[name].view(-1)[place] = 1.0
+        save_file(changed, other)
+        assert open_checkpoint(other).digest != before
+    torch.save(large, tmp_path / "x.pth")
+    assert open_checkpoint(tmp_path / "x.pth").digest not in (first, before)
+
+
+def test_equal_contents_are_equal_files(tmp_path):
+    notes = {f"{i} é\n\u2028": f'{{"{i}": "\x7f"}}' for i in range(20)}
+    files = set()
+    for _ in range(4):
+        save(tmp_path / "x.safetensors", {"w": torch.ones(3)}, notes)
+        files.add((tmp_path / "x.safetensors").read_bytes())
+    assert len(files) == 1 and safe_open(tmp_path / "x.safetensors", "pt").metadata() == notes
+
+
+def test_a_run_on_another_base_than_its_own_is_refused(base, tmp_path):
+    run, notes = tmp_path / "run.safetensors", header(base)
+    notes |= {"base_digest": open_checkpoint(base).digest}
+    save(run, {"last.bias": torch.ones(2)}, notes)
+    Tiny.from_pretrained(run)
+    tensors = {k: v + 1 if v.is_floating_point() else v for k, v in load_file(base).items()}
+    save_file(tensors, base, safe_open(base, "pt").metadata())
+    with pytest.raises(UserError, match="is not the file that was trained on"):
+        Tiny.from_pretrained(run)
+
+
+def test_integers_are_no_weights_and_are_seen_before_they_are_read(model, tmp_path):
+    tensors = official(model) | {"last.weight": torch.zeros(2, 6, dtype=torch.int8)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"last.weight is \(2, 6\) of integers"):
+        Tiny.from_pretrained(tmp_path / "x.safetensors", model.config)
