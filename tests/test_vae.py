@@ -110,7 +110,9 @@ def test_full_size_names_and_shapes_map_both_ways(names):
 
 def test_a_file_in_bfls_names_needs_no_config(tmp_path):
     shapes = official_shapes("flux-vae-bfl")
-    tensors = {name: torch.zeros(shape, dtype=torch.float8_e4m3fn) for name, shape in shapes.items()}
+    tensors = {
+        name: torch.zeros(shape, dtype=torch.float8_e4m3fn) for name, shape in shapes.items()
+    }
     save_file(tensors, tmp_path / "ae.safetensors")
     model = FluxVAE.from_pretrained(tmp_path / "ae.safetensors", "meta")
     assert (model.scaling_factor, model.shift_factor, model.latent_channels) == (0.3611, 0.1159, 16)
