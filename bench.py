@@ -40,7 +40,20 @@ import dcae
 import lora
 import quant
 import sample
-from models import data, flux, jobs, kernels, nvfp4, registry, runs, sana, script, toy, vae, weights
+from models import (
+    data,
+    flux,
+    hub,
+    jobs,
+    kernels,
+    nvfp4,
+    registry,
+    runs,
+    sana,
+    script,
+    toy,
+    vae,
+)
 
 
 @dataclass(frozen=True)
@@ -344,7 +357,7 @@ def ladder(case: Case, bench: Bench) -> Iterator:
 
 def diffusers(case: Case, bench: Bench) -> Iterator:
     """The same step and decode in stock diffusers, eager, as its users run it."""
-    sys.path.append(str(weights.ROOT / "tests"))
+    sys.path.append(str(hub.ROOT / "tests"))
     import stock_diffusers as stock
 
     make, latents = partial(random_weights, bench=bench), bench.random(1, *case.latents)

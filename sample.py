@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dcae
-from models import data, flux, jobs, kernels, runs, sana, text, toy, vae, weights
+from models import data, flux, hub, jobs, kernels, runs, sana, text, toy, vae, weights
 from models.identity import placed
 from models.kernels import describe_tiles, jit, tl, triton
 from models.registry import MODELS, Spec, describe, load_transformer, open_run, text_source
@@ -542,7 +542,7 @@ def open_parts(spec: Spec, folder: str) -> tuple[weights.Checkpoint, weights.Che
 
 def open_autoencoder(source: str, folder: str) -> tuple[weights.Checkpoint, dict | None]:
     """Its opened files, and the config of the preset if it is one."""
-    path, config = weights.locate(source, dcae.PRESETS | vae.PRESETS, folder or None, "vae")
+    path, config = hub.locate(source, dcae.PRESETS | vae.PRESETS, folder or None, "vae")
     return weights.open_checkpoint(path, "vae"), config
 
 

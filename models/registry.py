@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models import flux, nvfp4, sana, schedulers, weights
+from models import flux, hub, nvfp4, sana, schedulers, weights
 from models.identity import placed
 from models.script import UserError
 from models.weights import Device
@@ -75,12 +75,12 @@ def describe(model: str, autoencoder: str = "") -> Spec:
             is_pipeline = (path / "model_index.json").exists()
             spec = describe_pipeline(path, str(path)) if is_pipeline else describe_weights(path)
         elif model in MODELS:
-            hub = (flux.PRESETS | sana.PRESETS)[model].get("hub", "")
-            own = {"transformer": model, "autoencoder": hub, "pipeline": hub}
+            home = (flux.PRESETS | sana.PRESETS)[model].get("hub", "")
+            own = {"transformer": model, "autoencoder": home, "pipeline": home}
             spec = Spec(**own | MODELS[model])
-        elif weights.is_hub_id(model):
+        elif hub.is_hub_id(model):
             wanted = ["model_index.json", "transformer/config.json", "scheduler/*.json"]
-            spec = describe_pipeline(weights.download(model, wanted), model)
+            spec = describe_pipeline(hub.download(model, wanted), model)
         else:
             known = ", ".join(MODELS)
             raise UserError(f"{model!r} is no file, no folder and no name; names: {known}")
@@ -169,12 +169,12 @@ def load_transformer(
 def open_run(spec: Spec, folder: str) -> weights.Checkpoint:
     """The files of a transformer; of a run what it trained, and its header."""
     known, part = flux.PRESETS | sana.PRESETS, "transformer"
-    path, _ = weights.locate(spec.transformer, known, folder or None, part)
+    path, _ = hub.locate(spec.transformer, known, folder or None, part)
     return weights.open_checkpoint(path, part)
 
 
 def text_source(spec: Spec, folder: str) -> str:
     """Where the text encoders are: a pipeline on the hub, or in the user's --weights folder."""
     if folder and not spec.is_toy and not Path(spec.pipeline).exists():
-        return str(weights.in_folder(Path(folder), {"hub": spec.pipeline}))
+        return str(hub.in_folder(Path(folder), {"hub": spec.pipeline}))
     return spec.pipeline

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from models import script, weights
+from models import hub, script, weights
 from models.registry import Spec
 from models.script import UserError
 
@@ -134,7 +134,7 @@ def folder_of(config) -> Path:
     path = path.parent if path.stem == "transformer" else path  # of an export
     is_ours = path.stem in ("lora", "diffusers", "comfyui") and path.exists()
     name = f"{path.absolute().parent.name}-2" if is_ours else path.name
-    suffix = next((s for s in weights.SUFFIXES if name.endswith(s)), "")
+    suffix = next((s for s in hub.SUFFIXES if name.endswith(s)), "")
     return Path(config.out or f"runs/{name.removesuffix(suffix)}")
 
 
@@ -455,7 +455,7 @@ def same_flags(config) -> str:
 
 def commit() -> str:
     """Of this code; "" outside of a git clone."""
-    git = ["git", "-C", str(weights.ROOT), "rev-parse", "--short", "HEAD"]
+    git = ["git", "-C", str(hub.ROOT), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git

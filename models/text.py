@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from models import weights
+from models import hub, weights
 from models.script import UserError
 from models.toy.text import SanaToyText, ToyText
 from models.weights import Device
@@ -200,8 +200,8 @@ def open_encoder(kind: str, source: str, device: torch.device, dtype: torch.dtyp
         return TOYS[kind].from_pretrained(source, device, dtype)
     folder = Path(source)
     if not folder.exists():
-        for avoid in (weights.VARIANTS, []):  # as in weights.download_model
-            folder = weights.download(source, PARTS, avoid)
+        for avoid in (hub.VARIANTS, []):  # as in hub.download_model
+            folder = hub.download(source, PARTS, avoid)
             if all(any(part.glob("*.safetensors")) for part in folder.glob("text_encoder*")):
                 break
     # fp16 ends at 65504, and activations of T5 and Gemma pass it.

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import dcae
-from models import flux, kernels, sana, vae, weights
+from models import flux, hub, kernels, sana, vae
 from models.script import UserError
 
 CPU = torch.device("cpu")
@@ -261,7 +261,7 @@ def test_without_a_gpu_it_estimates_and_compares_solvers(tmp_path):
     (tmp_path / "p.txt").write_text("\n".join(["a red circle", "two blue squares"] * 3))
     command = [sys.executable, "bench.py", "--sizes", "1024", "--models", "sana"]
     command += ["--prompts", str(tmp_path / "p.txt")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=weights.ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=hub.ROOT)
     assert done.returncode == 0, done.stderr
     assert "ESTIMATE, not measured" in done.stdout
     figures = json.loads(done.stdout.splitlines()[-1])

@@ -16,7 +16,7 @@ from test_text import VOCABULARY, tiny_flux_text, tiny_sana_text
 
 import dcae
 import sample
-from models import data, flux, registry, sana, script, vae, weights
+from models import data, flux, hub, registry, sana, script, vae, weights
 from models.flux import Flux
 from models.sana import Sana
 from models.text import ToyText
@@ -256,7 +256,7 @@ def toy(tmp_path, monkeypatch) -> Path:
     for name, part in parts.items():
         config = {"config": json.dumps(part.config)}
         weights.save(tmp_path / "models" / "toy" / f"{name}.safetensors", part.state_dict(), config)
-    monkeypatch.setattr(weights, "ROOT", tmp_path)
+    monkeypatch.setattr(hub, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import script, text, weights
+from models import hub, script, text, weights
 from models.text import ToyText
 
 VOCABULARY = "<pad> <bos> a and red blue circle square left of".split()
@@ -224,7 +224,7 @@ def test_a_variant_is_fetched_from_the_hub_where_there_is_nothing_else(tmp_path,
     )
     (bare / "text_encoder").mkdir(parents=True)
     found = {True: bare, False: whole}  # by whether variants are avoided
-    monkeypatch.setattr(weights, "download", lambda name, wanted, avoid: found[bool(avoid)])
+    monkeypatch.setattr(hub, "download", lambda name, wanted, avoid: found[bool(avoid)])
     assert text.encode("flux", "org/flux", ["a"])[0][0].shape == (1, 512, 40)
 
 

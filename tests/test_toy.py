@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import sample
-from models import registry, toy, weights
+from models import hub, registry, toy
 from models.sana import Sana
 from models.script import UserError
 from models.text import SanaToyText, ToyText
@@ -150,7 +150,7 @@ def test_a_step_that_is_not_finite_moves_nothing(monkeypatch):
 def test_weights_that_are_not_there_are_told_how_to_get():
     absent = {"path": "models/toy/absent.safetensors"}
     with pytest.raises(UserError, match="is missing: `git checkout models/toy/absent.safetensors`"):
-        weights.locate("sana-toy", {"sana-toy": absent})
+        hub.locate("sana-toy", {"sana-toy": absent})
 
 
 def test_captions_are_of_all_that_the_base_knows(monkeypatch, capsys):

@@ -16,9 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models import sana, script, weights
+from models import hub, sana, script, weights
+from models.hub import ROOT
 from models.script import UserError
-from models.weights import ROOT, assign, build, open_checkpoint, open_model, save
+from models.weights import assign, build, open_checkpoint, open_model, save
 
 
 class Tiny(nn.Module):
@@ -437,22 +438,22 @@ def test_a_local_path_wins_over_a_preset_and_the_weights_folder_over_the_hub(tmp
     for place in ("real.safetensors", "real-model/real.safetensors"):
         (tmp_path / place).parent.mkdir(exist_ok=True)
         (tmp_path / place).touch()
-        assert weights.locate("real", TABLE, str(tmp_path)) == (tmp_path / place, {"width": 6})
-        assert weights.locate("org/real-model", TABLE, str(tmp_path))[0] == tmp_path / place
+        assert hub.locate("real", TABLE, str(tmp_path)) == (tmp_path / place, {"width": 6})
+        assert hub.locate("org/real-model", TABLE, str(tmp_path))[0] == tmp_path / place
         (tmp_path / place).unlink()
     with pytest.raises(UserError, match="has no whole: fetch org/whole and put it there"):
-        weights.locate("folder", TABLE, str(tmp_path))
+        hub.locate("folder", TABLE, str(tmp_path))
     monkeypatch.chdir(tmp_path)
     Path("real").mkdir()
-    assert weights.locate("real", TABLE) == (Path("real"), None)
+    assert hub.locate("real", TABLE) == (Path("real"), None)
 
 
 def test_an_unknown_name_lists_the_presets():
     for name in ("reel", "reel.safetensors", "folder/reel.safetensors", "./reel"):
         with pytest.raises(UserError, match="presets: toy, real, folder"):
-            weights.locate(name, TABLE)
+            hub.locate(name, TABLE)
     with pytest.raises(UserError, match="absent.safetensors is missing: `git checkout"):
-        weights.locate("toy", TABLE)
+        hub.locate("toy", TABLE)
 
 
 def hub_error(name: str):
@@ -483,14 +484,14 @@ def test_what_the_hub_refuses_is_one_sentence(name, words, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(UserError, match=words) as caught:
-        weights.locate("real", TABLE)
+        hub.locate("real", TABLE)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError):
-        weights.locate("someone/else", TABLE, subfolder="vae")
+        hub.locate("someone/else", TABLE, subfolder="vae")
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch) -> list:
+def fetched(tmp_path, monkeypatch) -> list:
     """A hub with one repository; returns the names fetched from it into tmp_path, by call."""
     huggingface_hub = pytest.importorskip("huggingface_hub", reason="its client is replaced")
     files = [
@@ -498,7 +499,7 @@ def hub(tmp_path, monkeypatch) -> list:
         "vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bf16.safetensors",
         "transformer/config.json", "transformer/diffusion_pytorch_model.fp16.safetensors",
     ]  # fmt: skip
-    fetched = []
+    names = []
 
     def snapshot(repository, allow_patterns, ignore_patterns):
         some = list(huggingface_hub.utils.filter_repo_objects(
@@ -507,23 +508,23 @@ def hub(tmp_path, monkeypatch) -> list:
         for name in some:
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).touch()
-        fetched.append(some)
+        names.append(some)
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    return fetched
+    return names
 
 
-def test_a_hub_pipeline_is_fetched_only_in_part(hub, tmp_path):
-    assert weights.locate("some/one", TABLE, subfolder="vae") == (tmp_path, None)
-    assert hub == [["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]]
-    weights.locate("some/one", TABLE, subfolder="transformer")  # a variant only when it is alone
+def test_a_hub_pipeline_is_fetched_only_in_part(fetched, tmp_path):
+    assert hub.locate("some/one", TABLE, subfolder="vae") == (tmp_path, None)
+    assert fetched == [["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]]
+    hub.locate("some/one", TABLE, subfolder="transformer")  # a variant only when it is alone
     files = ["transformer/config.json", "transformer/diffusion_pytorch_model.fp16.safetensors"]
-    assert hub[1:] == [files[:1], files]
-    weights.locate("some/one", TABLE, subfolder="unet")  # no pipeline: the top of the repository
-    assert hub[-1] == ["model_index.json", "real.safetensors"]
-    assert weights.locate("real", TABLE) == (tmp_path / "real.safetensors", {"width": 6})
-    assert hub[-1] == ["real.safetensors"]  # a preset's one file
+    assert fetched[1:] == [files[:1], files]
+    hub.locate("some/one", TABLE, subfolder="unet")  # no pipeline: the top of the repository
+    assert fetched[-1] == ["model_index.json", "real.safetensors"]
+    assert hub.locate("real", TABLE) == (tmp_path / "real.safetensors", {"width": 6})
+    assert fetched[-1] == ["real.safetensors"]  # a preset's one file
     with pytest.raises(UserError, match="other.safetensors: no such file"):
         open_model("new", {"new": {"hub": "org/name", "file": "other.safetensors"}})
 
