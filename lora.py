@@ -47,7 +47,7 @@ from align import (
     trained,
     watcher,
 )
-from models import data, export, registry, runs, toy, weights
+from models import data, export, registry, runs, text, toy, weights
 from models.data import Dataset
 from models.flux import Flux, Modulation
 from models.identity import placed
@@ -366,7 +366,7 @@ def export_run(config: Config) -> None:
         tokens = (spec.size // autoencoder.stride) ** 2
         spec = replace(spec, shift=sample.shift_of(spec, tokens, model.latent_channels))
     files = export.write(kind, spec, *models, folder)
-    base = registry.text_source(spec, config.weights)
+    base = text.source_of(spec, config.weights)
     print(export.how_to(kind, spec, *models, base, folder))
     print("saved  " + "  ".join(map(str, files)))
     facts = dict(autoencoder=spec.autoencoder, shift=spec.shift, size=spec.size)

@@ -45,7 +45,7 @@ import dcae
 from models import data, flux, hub, jobs, kernels, runs, sana, text, toy, vae, weights
 from models.identity import placed
 from models.kernels import describe_tiles, jit, tl, triton
-from models.registry import MODELS, Spec, describe, load_transformer, open_run, text_source
+from models.registry import MODELS, Spec, describe, load_transformer, open_run
 from models.script import Files, UserError, exit_cleanly, parse_config, pick_device, pick_dtype
 from models.text import Cond
 from models.weights import Device
@@ -590,7 +590,7 @@ def encode_text(
 ) -> tuple[Cond, Cond]:
     """(cond, null_cond) on the CPU; null_cond is empty unless SANA is guided."""
     negatives = [negative_prompt] if spec.uses_cfg and spec.guidance != 1 else []
-    source = text_source(spec, folder)
+    source = text.source_of(spec, folder)
     return text.encode(spec.text_encoder, source, prompts, negatives, device, dtype)
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models import runs, text, toy
-from models.registry import Spec, text_source
+from models.registry import Spec
 from models.script import UserError
 from models.weights import Device, open_checkpoint, read_json, save, write_whole
 
@@ -372,7 +372,7 @@ def encode_captions(
     captions: list[str], spec: Spec, folder: str, cache: Path, device: Device, dtype: torch.dtype
 ) -> tuple[Rows, ...]:
     """cond of these captions, and of the empty one in a last row."""
-    kind, place = spec.text_encoder, text_source(spec, folder)
+    kind, place = spec.text_encoder, text.source_of(spec, folder)
     if spec.is_toy:  # its encoder is faster than the disk
         return text.encode(kind, place, [*captions, ""], device=device)[0]
     # SANA's unconditional prompt goes without instruction, like a negative one.

@@ -1,10 +1,8 @@
 """What a model is called and made of, known before any of its weights is read.
 
-Text encoder, transformer, autoencoder and schedule belong together in a `Spec`: with another
-schedule a model still draws pictures, but worse ones.
+What a `Spec` holds belongs together: by another schedule a model draws pictures, but worse ones.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,8 +27,7 @@ class Spec:
     guidance: float
     size: int  # pixels a side
     shift: float | None = None  # replaces the schedule's ratio r
-    # "": a model of others; align | lora: a run on top of a base; merged, quant: a complete one
-    stage: str = ""
+    stage: str = ""  # align | lora: a run on top of a base; merged | quant: ours, complete
 
     @property
     def is_toy(self) -> bool:
@@ -46,6 +43,7 @@ TOY |= dict(guidance=4.0, size=128)
 SANA_TOY = dict(TOY, text_encoder="sana-toy", schedule="sana-euler")
 FLUX = dict(text_encoder="flux", schedule="flux", solver="euler", steps=28, guidance=3.5, size=1024)
 SANA = dict(text_encoder="sana", schedule="sana-dpm", solver="dpm", steps=20, guidance=4.5)
+PRESETS = flux.PRESETS | sana.PRESETS
 DC_GEN = {32: "dc-gen-flux-1k", 128: "dc-gen-flux-4k"}  # by channels of the latents
 SANA_1K = "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
 MODELS = {
@@ -75,15 +73,13 @@ def describe(model: str, autoencoder: str = "") -> Spec:
             is_pipeline = (path / "model_index.json").exists()
             spec = describe_pipeline(path, str(path)) if is_pipeline else describe_weights(path)
         elif model in MODELS:
-            home = (flux.PRESETS | sana.PRESETS)[model].get("hub", "")
-            own = {"transformer": model, "autoencoder": home, "pipeline": home}
-            spec = Spec(**own | MODELS[model])
+            own = dict.fromkeys(("autoencoder", "pipeline"), PRESETS[model].get("hub", ""))
+            spec = Spec(**own | {"transformer": model} | MODELS[model])
         elif hub.is_hub_id(model):
             wanted = ["model_index.json", "transformer/config.json", "scheduler/*.json"]
             spec = describe_pipeline(hub.download(model, wanted), model)
         else:
-            known = ", ".join(MODELS)
-            raise UserError(f"{model!r} is no file, no folder and no name; names: {known}")
+            raise UserError(f"{model!r} is no file, folder or name; names: {', '.join(MODELS)}")
     except (TypeError, AttributeError) as error:  # JSON, but of other types
         raise UserError(f"{model}: its config is none of diffusers ({error})") from None
     return replace(spec, autoencoder=placed(autoencoder or spec.autoencoder))
@@ -96,8 +92,9 @@ def describe_pipeline(folder: Path, source: str) -> Spec:
         return replace(describe_run(network["_dc_gen"], source), autoencoder=source)
     schedule, solver, shift = schedulers.read(folder, network.get("_class_name"), source)
     is_here = folder == Path(source)
-    shapes = weights.open_checkpoint(folder, "transformer").shapes if is_here else {}
-    spec = nearest(shapes, network)
+    spec = nearest(
+        weights.open_checkpoint(folder, "transformer").shapes if is_here else {}, network
+    )
     own = dict.fromkeys(("transformer", "autoencoder", "pipeline"), source)
     if spec.uses_cfg:
         stride = 64 if network.get("in_channels") == 128 else 32
@@ -117,8 +114,8 @@ def describe_weights(path: Path) -> Spec:
         return describe_run(run, str(path))
     if config.get("joint_attention_dim", 4096) != 4096:  # T5's width
         return replace(describe("flux-toy"), transformer=str(path))
-    is_toy = config.get("caption_channels", 2304) != 2304  # Gemma's
-    spec = describe("sana-toy") if is_toy else nearest(checkpoint.shapes, config)
+    is_gemmas = config.get("caption_channels", 2304) == 2304
+    spec = nearest(checkpoint.shapes, config) if is_gemmas else describe("sana-toy")
     return replace(spec, transformer=str(path))
 
 
@@ -126,7 +123,8 @@ def describe_run(run: dict[str, str], source: str) -> Spec:
     """By what its header says, or its export's config.json; older runs lack the size."""
     try:
         if run.get("stage") == "quant":  # complete without its base
-            return Spec(**json.loads(run["spec"]) | {"transformer": source, "stage": "quant"})
+            spec = weights.parse_json(run["spec"], f"the header of {source}")
+            return Spec(**spec | {"transformer": source, "stage": "quant"})
         base = Path(run["base"])
         if base.exists() and weights.open_checkpoint(base, "transformer").is_run:
             raise UserError(f"{base} is a run itself, wanted a complete model")
@@ -156,7 +154,6 @@ def nearest(shapes: dict[str, tuple[int, ...]], config: dict) -> Spec:
 def load_transformer(
     spec: Spec, folder: str, device: Device, dtype: torch.dtype, adapters: str = ""
 ) -> nn.Module:
-    """`folder` is the user's --weights, where presets are looked for instead of the hub."""
     if spec.stage == "quant":
         if adapters:
             raise UserError(f"--adapter on {spec.transformer}, in 4 bits: wanted it in quant.py")
@@ -168,13 +165,5 @@ def load_transformer(
 
 def open_run(spec: Spec, folder: str) -> weights.Checkpoint:
     """The files of a transformer; of a run what it trained, and its header."""
-    known, part = flux.PRESETS | sana.PRESETS, "transformer"
-    path, _ = hub.locate(spec.transformer, known, folder or None, part)
-    return weights.open_checkpoint(path, part)
-
-
-def text_source(spec: Spec, folder: str) -> str:
-    """Where the text encoders are: a pipeline on the hub, or in the user's --weights folder."""
-    if folder and not spec.is_toy and not Path(spec.pipeline).exists():
-        return str(hub.in_folder(Path(folder), {"hub": spec.pipeline}))
-    return spec.pipeline
+    path, _ = hub.locate(spec.transformer, PRESETS, folder or None, "transformer")
+    return weights.open_checkpoint(path, "transformer")

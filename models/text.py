@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from models import hub, weights
+from models.registry import Spec
 from models.script import UserError
 from models.toy.text import SanaToyText, ToyText
 from models.weights import Device
@@ -162,6 +163,13 @@ class SanaText:
 
 
 @torch.no_grad()
+def source_of(spec: Spec, folder: str) -> str:
+    """Where the text encoders are: a pipeline on the hub, or in the user's --weights folder."""
+    if folder and not spec.is_toy and not Path(spec.pipeline).exists():
+        return str(hub.in_folder(Path(folder), {"hub": spec.pipeline}))
+    return spec.pipeline
+
+
 def encode(
     kind: str,  # toy | sana-toy | flux | schnell | sana
     source: str,  # of a toy: a file or a preset; else a pipeline's folder or hub id
