@@ -581,7 +581,8 @@ def main() -> None:
     decoded = tiled_decode(model, latents) if tiled else model.decode(latents)
     decoded = decoded[..., :height, :width].float().cpu()
     if not decoded.isfinite().all():
-        raise UserError(f"the reconstruction overflows in {config.dtype}: pass --dtype fp32")
+        cure = "look at the weights" if dtype == torch.float32 else "pass --dtype fp32"
+        raise UserError(f"the reconstruction overflows in {config.dtype}: {cure}")
     decoded = decoded.clamp(-1, 1)
     difference = 4 * (decoded - image).abs() - 1  # black where equal
     sheet = to_pil(torch.cat([image, decoded, difference], -1)[0])

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from models import flux, hub, nvfp4, sana, schedulers, weights
 from models.identity import placed
@@ -91,10 +90,8 @@ def describe_pipeline(folder: Path, source: str) -> Spec:
     if "_dc_gen" in network:  # written by lora.py --export diffusers
         return replace(describe_run(network["_dc_gen"], source), autoencoder=source)
     schedule, solver, shift = schedulers.read(folder, network.get("_class_name"), source)
-    is_here = folder == Path(source)
-    spec = nearest(
-        weights.open_checkpoint(folder, "transformer").shapes if is_here else {}, network
-    )
+    here = weights.open_checkpoint(folder, "transformer") if folder == Path(source) else None
+    spec = nearest(here.shapes if here else {}, network)
     own = dict.fromkeys(("transformer", "autoencoder", "pipeline"), source)
     if spec.uses_cfg:
         stride = 64 if network.get("in_channels") == 128 else 32
@@ -153,7 +150,7 @@ def nearest(shapes: dict[str, tuple[int, ...]], config: dict) -> Spec:
 
 def load_transformer(
     spec: Spec, folder: str, device: Device, dtype: torch.dtype, adapters: str = ""
-) -> nn.Module:
+) -> torch.nn.Module:
     if spec.stage == "quant":
         if adapters:
             raise UserError(f"--adapter on {spec.transformer}, in 4 bits: wanted it in quant.py")

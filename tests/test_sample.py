@@ -413,7 +413,12 @@ def test_a_run_of_ours_brings_its_base_and_autoencoder(tmp_path):
     spec, transformer, found = sample.load_pipeline(path)
     assert torch.equal(transformer.img_in.weight, tensors["img_in.weight"])
     assert torch.equal(transformer.txt_in.weight, base.txt_in.weight)
-    assert (spec.schedule, spec.solver, spec.shift, spec.stage) == ("flux", "euler", 2.0, "lora")
+    assert (spec.schedule, spec.solver, spec.shift, spec.stage) == (
+        "dc-gen-1k",
+        "euler",
+        2.0,
+        "lora",
+    )
     assert (found.stride, spec.size) == (32, 128)
     weights.save(path, tensors, run.metadata | {"shift": "1.5", "size": "256"})
     assert registry.describe(path) == replace(spec, shift=1.5, size=256)
@@ -472,7 +477,7 @@ def test_a_quantized_file_is_described_by_its_own_header(tmp_path):
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (["--model", "flux-toys"], "is no file, no folder and no name; names: flux-toy, dc-gen"),
+        (["--model", "flux-toys"], "is no file, folder or name; names: flux-toy, dc-gen"),
         (["--prompt", "a red fox"], "no word 'fox'"),
         (["--size", "12x99"], "below this model's minimum of 16x16"),
         (["--size", "big"], "wanted WxH in pixels"),
