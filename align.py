@@ -5,7 +5,7 @@ What    python align.py, then python lora.py. Gives a pretrained FLUX or SANA a 
         them. The blocks between stay frozen: they hold what the model knows.
 Why     A fresh embedder feeds those blocks noise. Fine-tuning then first destroys what they know,
         and the paper's models without alignment never recover (FID 456 against 8 on DiT-XL).
-How     Data: pictures that the base itself draws, of prompts that name what is to be kept.
+How     Data: pictures that the base draws from prompts, which name what is to be kept.
         Stage 1: the new embedding of an image without noise has to equal the base's, averaged over
         the base tokens that one new token covers,
             L = E || embed(latents) - pool(embed_base(base_latents)) ||^2                      (1)
@@ -14,12 +14,14 @@ How     Data: pictures that the base itself draws, of prompts that name what is 
             noisy = (1 - t) latents + t noise,
             L = E || v(noisy, t, text) - (noise - latents) ||^2                                (2)
         FLUX.1-dev and Krea take the guidance g as an input and return the guided velocity
-            v(text, g) = g v(text) - (g - 1) v(null),   so v(null, g) = v(null).
-        No mean of noise - latents is that, so (2) is applied to the recovered velocity
-            v(text) = [v(text, g) + (g - 1) v(null, 1)] / g                                      (3)
-        from two passes. The one with the empty caption has no gradient: rows whose caption is
-        dropped train it. Applied to v(text, g) itself, (2) would unlearn the guidance. SANA takes
-        no g: the sampler extrapolates from v(null) to v(text), and (2) is applied as it stands.
+            v(text, g) = g v(text) - (g - 1) v(null).
+        (2) is least for the mean of noise - latents, which v(text) is and v(text, g) is not:
+        applied to v(text, g) it would unlearn the guidance. So it is applied to
+            v(text) = [v(text, g) + (g - 1) v(null, 1)] / g,                                     (3)
+        recovered from two passes. Ideally v(null, g) is the same for every g; at g = 1 the base
+        was asked for nothing else, and is nearest to it. That pass has no gradient: rows whose
+        caption is dropped train v(null, g). SANA takes no g: the sampler extrapolates from
+        v(null) to v(text), and (2) is applied as it stands.
 Cost    The toy: COST on two CPU cores. FLUX.1 (12 B) at 1024 x 1024: 25 GiB of a GPU.
 Saves   runs/<model>/drawn/: the pictures. align.safetensors beside it: embedder and head, and in
         its header the base, the autoencoder, the schedule and the flags. lora.py goes on from it.
@@ -74,9 +76,9 @@ class Config:
     out: str = ""  # "": runs/<model>
 
 
-# For official models, unless flags say otherwise. Steps as in the paper, the rest is customary.
+# For official models, unless flags say otherwise. The paper takes 5,000 to 20,000 steps.
 LARGE = dict(steps=10_000, lr=1e-4, shift=0.0, micro_batch=2, save_every=500)
-DROPOUT = 0.1  # share of captions emptied: they train v(null, g)
+DROPOUT = 0.1  # share of captions emptied: they train v(null, g), at every g
 GUIDANCE = (1.0, 5.0)  # the guidance of eq. (3) is drawn from this interval
 CLIP = 1.0  # largest norm of a gradient
 ADAMW = dict(betas=(0.9, 0.99), weight_decay=0.0)
@@ -132,7 +134,8 @@ def transplant(base: nn.Module, latent_channels: int, position_stride: int = 1) 
     """The base with a new embedder and head for `latent_channels`; all between them is shared.
 
     The head starts at zero: a model that predicts nothing is better than one that predicts noise.
-    Embedder and head are in fp32, whatever the base is: they train. A new token is one latent.
+    Embedder and head are in fp32, whatever the base is: they train. A new token is one latent
+    (models/flux.py: 64 channels are FLUX's own 16 in 2 x 2 patches, others have no patches).
     position_stride: base tokens a side between two new tokens, for the positions of FLUX.
     """
     changed = {"in_channels": latent_channels, "out_channels": None}
@@ -160,7 +163,7 @@ def transplant(base: nn.Module, latent_channels: int, position_stride: int = 1) 
 def choose_trained(model: nn.Module) -> None:
     """The embedder and the head's linear layer are trained, all else is frozen.
 
-    The head's modulation too: at 12 B it has 100 times their parameters, and nothing to learn.
+    The head's modulation too: it sees the timestep alone, which means what it meant.
     """
     model.requires_grad_(False)
     model.embedder.requires_grad_(True)
@@ -213,6 +216,7 @@ def draw_batch(
 
 # ---- train
 
+# The loop of train_head is written out again in lora.py, so that each script is whole.
 # What the loops call stands in models/runs.py and models/data.py:
 #   Run.steps       yields the steps that are left; saves every --save-every steps and after Ctrl-C
 #                   or SIGTERM. The same command goes on there; with other flags it is refused.
@@ -241,8 +245,8 @@ def takes_guidance(model: nn.Module) -> bool:
 def solve_embedder(model: nn.Module, base: nn.Module, pictures: Dataset, config: Config) -> None:
     """Stage 1, the embedder alone: where the gradient of eq. (1) is zero. No block runs.
 
-    With a row [latent, 1] of X for each token, and its target as that of Y:
-    [weight, bias]^T = (X^T X)^-1 X^T Y. Both sums have a size that the data does not change.
+    Each token gives X a row [latent, 1] and Y its target: [weight, bias]^T = (X^T X)^-1 X^T Y.
+    Both products are sums over tokens, of a size that does not grow with them.
     """
     weight, bias = model.embedder.parameters()
     n, mine = weight[0].numel() + 1, slice(runs.rank(), None, runs.world())
@@ -388,13 +392,17 @@ def main() -> None:
     config = replace(config, out=str(runs.folder_of(config)))
     parts = plan(config)
     with runs.locked(Path(config.out)):
+        # Another's result is refused before anything is drawn.
         runs.is_done(Path(config.out, "align.safetensors"), config, {})
         align(config, config.data or drawn_by_base(config, *parts[:2], device), parts, device)
     runs.finish()
 
 
 def drawn_by_base(config: Config, base_spec: Spec, spec: Spec, device: torch.device) -> str:
-    """The folder of the pictures that the base draws of --prompts. Those that are there stay."""
+    """The folder of pictures that the base draws from --prompts. Those that are there stay.
+
+    At the size that is trained, so that has to be one that the base can draw; else: --data.
+    """
     folder, prompts = Path(config.out) / "drawn", config.prompts
     if not prompts and not spec.is_toy:
         raise UserError("--data and --prompts are missing: wanted pictures, or what is to be drawn")
@@ -403,8 +411,8 @@ def drawn_by_base(config: Config, base_spec: Spec, spec: Spec, device: torch.dev
         lines = "\n".join(toy.prompts_of_all(config.scenes))
         runs.on_first(lambda: write_whole(Path(prompts), lambda file: file.write_text(lines)))
     dtype, size = runs.frozen_dtype(config.dtype, device, spec.is_toy), spec.size
-    # A second-order solver needs half the calls of Euler for the same pictures (sample.py).
-    spec = replace(base_spec, solver="ab2", steps=max(base_spec.steps // 2, 6))
+    # A second-order solver needs half the calls of Euler for the same pictures: sample.py, eq. (5).
+    spec = replace(base_spec, solver="ab2", steps=max(base_spec.steps // 2, 6))  # it wants 6
     at_once = 2**23 if device.type == "cuda" else 2**20  # pixels
     wanted = sample.Job(
         model=base_spec.transformer, prompts=prompts, size=f"{size}x{size}", out=str(folder),
@@ -482,7 +490,7 @@ def align(
     base_file, old_file = sample.open_parts(base_spec, config.weights)
     new_file, _ = sample.open_autoencoder(spec.autoencoder, config.weights)
     notes = dict(base_digest=base_file.digest, autoencoder_digest=new_file.digest)
-    # Progress on these pictures from another start is another run's.
+    # What the progress files of this run are known by.
     notes["origin"] = data.digest(pictures.key, old_file.digest, *notes.values())
     pictures, saved = replace(pictures, key=notes["origin"]), out / "align.safetensors"
     if runs.is_done(saved, config, notes):
@@ -504,11 +512,11 @@ def align(
         images = source.images(pictures.held_out[0][:4].tolist()).cpu()
         psnr = compare_autoencoders(pictures, images, old, new, out / "autoencoders.png")
 
+    # The head is zero: the embedder changes no loss until stage 2.
     losses = {"start": held_out_loss(model, pictures, config, spec)}
     if config.ablation != "random":
         solve_embedder(model, base, pictures, config)
     share = explained(model, base, pictures, config)
-    losses["embedder"] = held_out_loss(model, pictures, config, spec)
     train_head(model, pictures, config, spec, watcher(model, new, spec, pictures, config))
     losses["aligned"] = held_out_loss(model, pictures, config, spec)
 

@@ -12,9 +12,9 @@ How     y = W x + b + alpha / r * B (A x),   A (r, in) random, B (out, r) zero  
         merges the update (models/weights.py),
             W' = W + alpha / r * B A,                                                          (5)
         into a plain transformer again: it costs nothing when sampling.
-Again   --model runs/x/lora.safetensors, an export of it, or one of the authors' DC-Gen models: the
-        model is moved already, and is trained further as it is, at another --resolution perhaps.
-        The authors train FLUX at 512 x 512 first and at 1024 x 1024 then.
+Again   --model may have moved already: runs/x/lora.safetensors, an export, a DC-Gen model of the
+        authors. Its LoRA is merged, and a fresh one is trained on top, with embedder and head as
+        they are; the result holds both. So the authors train FLUX at 512 x 512, then at 1024.
 Cost    The toy: COST on two CPU cores. FLUX.1 (12 B) at 1024 x 1024: 48 GiB of a GPU.
 Saves   runs/<model>/lora.safetensors: A and B of each layer, embedder and head; a --model of
         sample.py. --export writes what other programs open.
@@ -82,7 +82,7 @@ class Config:
 # For official models, unless flags say otherwise. The rank is the paper's, the rest is customary.
 LARGE = dict(rank=256, steps=10_000, lr=1e-4, micro_batch=2, save_every=500)
 HEAD_SCALE = 3.0  # learning rate of embedder and head over --lr, on the toy
-FIRST_BATCH = 500_000  # other batches than those of stage 2, of this seed and the next
+FIRST_BATCH = 500_000  # stage 2 has the batches before, and no seed shares one with the next
 
 
 # ---- model
@@ -143,9 +143,9 @@ def choose_trained(model: nn.Module, config: Config) -> None:
 
 
 def joined(first: weights.Checkpoint, second: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One LoRA that adds what two add, at alpha = r: A of both below, B of both beside each other.
+    """The tensors of one LoRA that adds what two add, after a run `first` was trained further.
 
-    So a model that was trained twice is still its base and one file.
+    B1 A1 + B2 A2 = [B1 B2] [A1; A2], so a model that was trained twice is its base and one file.
     """
     tensors = {name: first.get(name) for name in first.shapes} | second
     for name in first.shapes:
@@ -230,7 +230,7 @@ def main() -> None:
 
 
 def is_moved(config: Config) -> bool:
-    """Has --model its new latent space already? UserError: yes, and --aligned is given."""
+    """Has --model its new latent space already? UserError: it cannot be trained further."""
     spec, model, _ = sample.load_pipeline(config.model, "", config.weights, "meta")
     own = 16 if isinstance(model, Flux) else 32  # channels of the latents that FLUX, SANA came with
     moved = spec.stage in ("lora", "merged") or model.latent_channels != own
@@ -273,43 +273,59 @@ def load_start(
     return spec, model, autoencoder
 
 
-def finetune(config: Config, start: str, device: torch.device) -> None:
-    """start: align.py's file, or a moved model."""
-    torch.manual_seed(config.seed)
+def open_start(config: Config, start: str) -> tuple[Spec, weights.Checkpoint | None]:
+    """What training starts from: its Spec, and its file if it is a run of ours."""
     spec = registry.describe(start)
     run = registry.open_run(spec, config.weights) if spec.stage in ("align", "lora") else None
-    # A run has what it stands on in its header; into a model of others it is merged here.
-    header, adapter = (run.metadata, "") if run else ({}, config.adapter)
-    if run and (below := header.get("adapters", "")) != config.adapter:
+    if run and (below := run.metadata.get("adapters", "")) != config.adapter:
         raise UserError(f"{run.path} stands on --adapter {below!r}, not {config.adapter!r}")
-    spec = replace(spec, size=config.resolution or spec.size)
-    dtype, out = runs.frozen_dtype(config.dtype, device, spec.is_toy), Path(config.out)
-    _, model, autoencoder = sample.load_pipeline(start, "", config.weights, "meta")  # does it fit?
-    stride = autoencoder.stride
-    runs.check_flags(config, spec.size, [stride])
+    return replace(spec, size=config.resolution or spec.size), run
+
+
+def find_pictures(
+    config: Config, start: str, device: torch.device, dtype: torch.dtype
+) -> tuple[Dataset, str, dict[str, str]]:
+    """(the pictures, their folder, what the header of the result says of its origin).
+
+    All that can be refused without the weights is refused here.
+    """
+    spec, run = open_start(config, start)
+    out, header = Path(config.out), run.metadata if run else {}
+    _, model, autoencoder = sample.load_pipeline(start, "", config.weights, "meta")
+    runs.check_flags(config, spec.size, [autoencoder.stride])
     if config.ablation == "plain" and not takes_guidance(model):
         raise UserError(f"--ablation plain: {config.model} has no guidance that eq. (3) undoes")
     choose_trained(model, config)
-    count, saved = sum(p.numel() for p in trained(model).values()), out / "lora.safetensors"
+    count = sum(p.numel() for p in trained(model).values())
     files = sample.open_parts(spec, config.weights)
     notes = dict(autoencoder_digest=files[1].digest)
-    if base := header.get("base_digest") if run else files[0].digest:  # older runs do not say it
-        notes["base_digest"] = base
-    runs.is_done(saved, config, notes)
+    base = header.get("base_digest") if run else files[0].digest
+    notes |= {"base_digest": base} if base else {}  # older runs do not know it
+    runs.is_done(out / "lora.safetensors", config, notes)  # another's result is refused at once
     flags = weights.parse_json(header.get("command", "{}"), f"the command of {start}")
     folder = config.data or flags.get("data")
     if not folder:
         raise UserError("--data is missing: wanted a folder of pictures with captions")
     encoder = sample.latent_encoder(spec.autoencoder, config.weights, device, dtype)
-    source = data.open_source(folder, spec.size, stride, out)
+    source = data.open_source(folder, spec.size, autoencoder.stride, out)
     check_disk(out, source, model, [autoencoder], spec, dtype, count)
     pictures = data.prepare(source, [encoder], spec, config, device, dtype)
-    # Progress on these pictures from another start is another run's.
+    # What the progress files of this run are known by.
     notes["origin"] = data.digest(pictures.key, files[0].digest)
-    pictures = replace(pictures, key=notes["origin"])
+    return replace(pictures, key=notes["origin"]), folder, notes
+
+
+def finetune(config: Config, start: str, device: torch.device) -> None:
+    """start: align.py's file, or a moved model."""
+    torch.manual_seed(config.seed)
+    spec, run = open_start(config, start)
+    dtype, out = runs.frozen_dtype(config.dtype, device, spec.is_toy), Path(config.out)
+    pictures, folder, notes = find_pictures(config, start, device, dtype)
+    saved = out / "lora.safetensors"
     if runs.is_done(saved, config, notes):
         return
 
+    adapter = "" if run else config.adapter  # a run names its own
     _, model, autoencoder = load_start(start, config.weights, device, dtype, adapter)
     choose_trained(model, config)
     runs.ready_blocks(model.blocks, device, spec.is_toy)
@@ -321,12 +337,13 @@ def finetune(config: Config, start: str, device: torch.device) -> None:
     watch = watcher(model, autoencoder, spec, pictures, config)
     curve = train(model, pictures, config, spec, watch)
 
-    tensors = {name: p.to(dtype) for name, p in trained(model).items()}  # as what it joins
+    tensors = {name: p.to(dtype) for name, p in trained(model).items()}
     if spec.stage == "lora" and config.ablation != "full":
         tensors = joined(run, tensors)
     # A run's file names the base, and adds its own facts.
     own = dict(autoencoder=spec.autoencoder, schedule=spec.schedule, shift=spec.shift)
-    base_spec = replace(registry.describe(header.get("base", start)), size=spec.size, **own)
+    base = run.metadata["base"] if run else start
+    base_spec = replace(registry.describe(base), size=spec.size, **own)
     told = replace(config, data=folder)
     notes |= runs.header(told, "lora", base_spec, model, config.steps)
     alpha = max((len(t) for name, t in tensors.items() if name.endswith("lora_A")), default=1)
