@@ -15,7 +15,7 @@ How     y = W x + b + alpha / r * B (A x),   A (r, in) random, B (out, r) zero  
 Again   --model may have moved already: runs/x/lora.safetensors, an export, a DC-Gen model of the
         authors. Its LoRA is merged, and a fresh one is trained on top, with embedder and head as
         they are; the result holds both. So the authors train FLUX at 512 x 512, then at 1024.
-Cost    The toy: COST on two CPU cores. FLUX.1 (12 B) at 1024 x 1024: 48 GiB of a GPU.
+Cost    The toy: ten minutes on two CPU cores. FLUX.1 (12 B) at 1024 x 1024: 48 GiB of a GPU.
 Saves   runs/<model>/lora.safetensors: A and B of each layer, embedder and head; a --model of
         sample.py. --export writes what other programs open.
 Source  DC-Gen, arXiv 2509.25180 (rank 256, alpha 256 for FLUX); LoRA, arXiv 2106.09685.
@@ -344,7 +344,7 @@ def finetune(config: Config, start: str, device: torch.device) -> None:
     own = dict(autoencoder=spec.autoencoder, schedule=spec.schedule, shift=spec.shift)
     base = run.metadata["base"] if run else start
     base_spec = replace(registry.describe(base), size=spec.size, **own)
-    told = replace(config, data=folder)
+    told = replace(config, data=placed(folder))
     notes |= runs.header(told, "lora", base_spec, model, config.steps)
     alpha = max((len(t) for name, t in tensors.items() if name.endswith("lora_A")), default=1)
     runs.save_last(saved, tensors, notes | {"alpha": str(float(alpha))})

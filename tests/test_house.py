@@ -66,9 +66,7 @@ def count(command: str) -> int:
 
 def test_the_readmes_lines_are_counted():
     """The method by the README's own command; all of it by git."""
-    block = re.search(
-        r"    (sed -s .*?wc -l)\s+# the method: ([\d,]+) lines", README, re.DOTALL
-    )
+    block = re.search(r"    (sed -s .*?wc -l)\s+# the method: ([\d,]+) lines", README, re.DOTALL)
     method, claimed = count(block[1]), int(block[2].replace(",", ""))
     total = count(
         "find . -name '*.py' -not -path './tests/*' -not -path './.*' | xargs cat | wc -l"
