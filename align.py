@@ -424,7 +424,7 @@ def drawn_by_base(config: Config, base_spec: Spec, spec: Spec, device: torch.dev
     )  # fmt: skip
     drawn = runs.on_first(lambda: jobs.read_jobs(wanted))[runs.rank() :: runs.world()]
     if missing := [job for job in drawn if not jobs.is_made(job)]:
-        sample.draw_pictures(wanted, spec, missing, device, dtype)
+        sample.draw_list(wanted, spec, missing, device, dtype)
     runs.wait_for_all()
     return str(folder)
 

@@ -85,6 +85,9 @@ class Job(Config):
     autoencoder_digest: str = ""
 
 
+TEXTS = 4096  # prompts whose encoded text is held in memory: FLUX's takes 4 MiB each
+
+
 # ---- schedule
 
 # The ratio r of eq. (2) by kind of schedule.
@@ -860,15 +863,33 @@ def main() -> None:
         wanted = [job for job in wanted if not jobs.is_made(job)]
     if not wanted:
         return print(json.dumps({"stage": "sample", "files": []}))
-    print(json.dumps(draw_pictures(config, spec, wanted, device, dtype)))
+    figures = draw_list(config, spec, wanted, device, dtype)
+    print(f"saved    {wanted[0].out}" + f" and {len(wanted) - 1} more" * (len(wanted) > 1))
+    print(f"next     python sample.py --from {shlex.quote(wanted[0].out)}   # the same again")
+    print(json.dumps(figures))
 
 
-def draw_pictures(
+def draw_list(
     config: Config, spec: Spec, wanted: list[Job], device: torch.device, dtype: torch.dtype
 ) -> dict:
     """Draw and write the pictures of these jobs. The figures of the last line."""
+    seconds = {}
+    for first in range(0, len(wanted), TEXTS):
+        some = wanted[first : first + TEXTS]
+        figures = draw_pictures(config, spec, some, device, dtype, seconds)
+    return figures | {"seconds": seconds, "files": [job.out for job in wanted]}
+
+
+def draw_pictures(
+    config: Config,
+    spec: Spec,
+    wanted: list[Job],
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: dict[str, float],  # by phase; this adds to them
+) -> dict:
     attention_name, attend = pick_attention(config.attention, device, dtype)
-    parts, seconds = (config.model, config.autoencoder, config.weights), {}
+    parts = (config.model, config.autoencoder, config.weights)
     # Does it fit, before it is read?
     _, transformer, autoencoder = load_pipeline(*parts, "meta", adapters=config.adapter)
     grid = latent_grid(parse_size(config.size), autoencoder.stride, transformer.patch_size)
@@ -906,11 +927,9 @@ def draw_pictures(
                 latents = draw_latents(transformer, *given)
             save_pictures(autoencoder, latents, some, seconds)
     print("\nseconds  " + ", ".join(f"{phase} {value:.2f}" for phase, value in seconds.items()))
-    print(f"saved    {wanted[0].out}" + f" and {len(wanted) - 1} more" * (len(wanted) > 1))
-    print(f"next     python sample.py --from {shlex.quote(wanted[0].out)}   # the same again")
     shown = ("model", "size", "steps", "guidance", "dtype", "device")
     figures = {"stage": "sample"} | {name: getattr(config, name) for name in shown}
-    figures |= {"tokens": tokens, "seconds": seconds, "files": [job.out for job in wanted]}
+    figures["tokens"] = tokens
     if device.type == "cuda":
         figures["peak_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
     return figures

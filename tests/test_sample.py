@@ -392,7 +392,7 @@ def test_latents_survive_a_decoder_that_fails(toy, monkeypatch, capsys):
     failures = {
         "--from kept.lat": (script.UserError, lambda *_: torch.zeros(2).view(3)),
         "pixels hold NaN or Inf in fp32: look": (script.UserError, lambda _, x: x[:, :3] / 0),
-        "": (KeyboardInterrupt, interrupted),  # by then they are on the disk: kill -9 is the same
+        "^$": (KeyboardInterrupt, interrupted),  # by then they are on the disk: kill -9 is the same
     }
     for words, (kind, decode) in failures.items():
         with monkeypatch.context() as broken, pytest.raises(kind, match=words):
@@ -668,3 +668,20 @@ def test_an_unknown_scheduler_is_refused(tmp_path):
     pipeline.save_pretrained(tmp_path)
     with pytest.raises(script.UserError, match="solver_order=3.* is not known here"):
         registry.describe(str(tmp_path))
+
+
+def test_a_list_is_drawn_in_parts_of_as_much_text_as_memory_holds(toy, monkeypatch, capsys):
+    Path("list.txt").write_text("a red circle\na blue square\na red square\n")
+    flags = ["--prompts", "list.txt", "--steps", 1]
+    whole = run(monkeypatch, capsys, *flags, "--out", "whole")["files"]
+    held, encode_text = [], sample.encode_text
+
+    def spy(spec, prompts, *args):
+        held.append(len(prompts))
+        return encode_text(spec, prompts, *args)
+
+    monkeypatch.setattr(sample, "encode_text", spy)
+    monkeypatch.setattr(sample, "TEXTS", 2)
+    parts = run(monkeypatch, capsys, *flags, "--out", "parts")["files"]
+    assert held == [2, 1] and len(parts) == 3
+    assert [pixels(a).tolist() for a in parts] == [pixels(b).tolist() for b in whole]
