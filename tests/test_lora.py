@@ -127,3 +127,17 @@ def test_a_saved_run_loads_as_the_merged_model(tmp_path):
     loaded = Flux.from_pretrained(tmp_path / "lora.safetensors")
     args = inputs(16)
     torch.testing.assert_close(loaded(*args), model(*args), rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_that_is_trained_further_holds_both_updates(tmp_path):
+    """B1 A1 alpha / r + B2 A2 is what the joined file adds at alpha = r; the rest is the newer."""
+
+    def pair(rank: int) -> dict:
+        return {"x.lora_A": torch.randn(rank, 5), "x.lora_B": torch.randn(7, rank)}
+
+    old, new = pair(2) | {"img_in.bias": torch.zeros(3)}, pair(3) | {"img_in.bias": torch.ones(3)}
+    weights.save(tmp_path / "run.safetensors", old, {"stage": "lora", "base": "x", "alpha": "6.0"})
+    both = lora.joined(weights.open_checkpoint(tmp_path / "run.safetensors"), new)
+    expected = 3 * old["x.lora_B"] @ old["x.lora_A"] + new["x.lora_B"] @ new["x.lora_A"]
+    torch.testing.assert_close(both["x.lora_B"] @ both["x.lora_A"], expected)
+    assert len(both["x.lora_A"]) == 5 and torch.equal(both["img_in.bias"], torch.ones(3))
