@@ -101,7 +101,8 @@ def pick_device(name: str = "") -> torch.device:
     if kind not in available or index not in map(str, ["", *range(counts.get(kind, 1))]):
         raise UserError(f"--device {name} is no device here: {', '.join(available)}")
     if kind == "cpu" and sys.platform == "linux":  # which kills who asks for more than there is
-        free = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", open("/proc/meminfo").read())[1])
+        lines = open("/proc/meminfo").read()
+        free = 1024 * sum(map(int, re.findall(r"(?:MemAvailable|SwapFree):\s+(\d+)", lines)))
         _, most = resource.getrlimit(resource.RLIMIT_DATA)  # -1: none
         resource.setrlimit(resource.RLIMIT_DATA, (min(free, most % 2**63), most))
     if kind == "cuda" and index:  # kernels and graphs go to the current one
