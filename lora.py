@@ -217,7 +217,7 @@ def main() -> None:
         return {} if registry.describe(model).is_toy else LARGE
 
     config = parse_config(Config, __doc__, defaults=defaults)
-    config = replace(config, out=str(runs.folder_of(config)))
+    config = replace(config, out=str(runs.folder_of(config, trains=not config.export)))
     if config.export:
         return export_run(config)
     if config.ablation not in ("", "full", "plain"):

@@ -441,12 +441,12 @@ def print_layers(layers: dict[str, dict]) -> None:
 def main() -> None:
     config = script.parse_config(Config, __doc__)
     if config.export:
-        return export.write_quantized(config.export, runs.folder_of(config))
+        return export.write_quantized(config.export, runs.folder_of(config, trains=False))
     device = script.pick_device(config.device)
     if device.type == "mps":  # which has no float8
         device = torch.device("cpu")
     torch.set_float32_matmul_precision("high")  # errors of 3% are compared: TF32 is enough
-    out = runs.folder_of(config)
+    out = runs.folder_of(config, trains=False)
     own = str(out / "lora.safetensors") if (out / "lora.safetensors").exists() else ""
     lora = {"": own, "none": ""}.get(config.lora, config.lora)
     with runs.locked(out):

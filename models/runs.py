@@ -125,15 +125,15 @@ def sum_over_gpus(loss: Tensor, parameters: Iterable[Tensor]) -> None:
 # ---- the run folder
 
 
-def folder_of(config) -> Path:
+def folder_of(config, trains: bool = True) -> Path:
     """--out, or runs/<model>: the name of a preset, a repository, a folder or a file.
 
-    What goes on from runs/x/lora.safetensors, or from an export beside it, is runs/x-2.
+    Training that goes on from runs/x/lora.safetensors, or an export beside it, is runs/x-2.
     """
     path = Path(config.model)
     path = path.parent if path.stem == "transformer" else path  # of an export
     is_ours = path.stem in ("lora", "diffusers", "comfyui") and path.exists()
-    name = f"{path.absolute().parent.name}-2" if is_ours else path.name
+    name = path.absolute().parent.name + "-2" * trains if is_ours else path.name
     suffix = next((s for s in hub.SUFFIXES if name.endswith(s)), "")
     return Path(config.out or f"runs/{name.removesuffix(suffix)}")
 

@@ -338,6 +338,14 @@ def test_a_folder_is_named_after_the_whole_model():
     assert runs.folder_of(align.Config(out="here")) == Path("here")
 
 
+def test_what_goes_on_from_a_run_has_a_folder_of_its_own(tmp_path):
+    for name in ("lora.safetensors", "diffusers", "diffusers/transformer"):
+        config = align.Config(model=str(tmp_path / "x" / name))
+        (tmp_path / "x" / name).mkdir(parents=True, exist_ok=True)
+        assert runs.folder_of(config) == Path("runs/x-2")
+        assert runs.folder_of(config, trains=False) == Path("runs/x")  # quant.py, --export
+
+
 @pytest.mark.parametrize("script, flags", [
     (align, "--lr nan"), (align, "--steps -1"), (align, "--micro-batch -1"), (lora, "--lr -0.001"),
     (lora, "--seed -1"), (align, "--save-every 0"), (lora, "--rank 0"), (lora, "--batch-size 0"),
