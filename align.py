@@ -429,9 +429,12 @@ def drawn_by_base(config: Config, base_spec: Spec, spec: Spec, device: torch.dev
     return str(folder)
 
 
-def plan(config: Config) -> tuple[Spec, Spec, list[int], int]:
+Plan = tuple[Spec, Spec, list[int], int, tuple[nn.Module, nn.Module, nn.Module]]
+
+
+def plan(config: Config) -> Plan:
     """(Spec of the base, Spec of the new model, pixels a side that a token of each covers, stride
-    of the new positions), from parts on the meta device: they take no memory.
+    of the new positions, base and both autoencoders on the meta device, where they take no memory).
 
     UserError: parts that do not fit, or a --model that is no base.
     """
@@ -471,22 +474,19 @@ def plan(config: Config) -> tuple[Spec, Spec, list[int], int]:
     # Official bases know many, and positions stay as they are, as in the paper: spread over 4096
     # pixels they would run to 254, and FLUX.1, trained up to 2 megapixels, knows some 90 a side.
     stride = max(pixels[1] // pixels[0], 1) if spec.is_toy else 1
-    return base_spec, spec, pixels, stride * base.config.get("position_stride", 1)
+    stride *= base.config.get("position_stride", 1)
+    return base_spec, spec, pixels, stride, (base, old, new)
 
 
-def align(
-    config: Config, folder: str, parts: tuple[Spec, Spec, list[int], int], device: torch.device
-) -> None:
-    """parts: of `plan`. folder: of the pictures."""
+def align(config: Config, folder: str, parts: Plan, device: torch.device) -> None:
+    """folder: of the pictures."""
     torch.manual_seed(config.seed)
-    base_spec, spec, pixels, position_stride = parts
+    base_spec, spec, pixels, position_stride, (base, *autoencoders) = parts
     dtype, out = runs.frozen_dtype(config.dtype, device, spec.is_toy), Path(config.out)
     names = (base_spec.autoencoder, spec.autoencoder)
     encoders = [sample.latent_encoder(name, config.weights, device, dtype) for name in names]
     source = data.open_source(folder, spec.size, math.lcm(*pixels), out)
-    _, base, old = sample.load_pipeline(config.model, "", config.weights, "meta")
-    new = sample.load_autoencoder(spec.autoencoder, config.weights, "meta", dtype)
-    check_disk(out, source, base, [old, new], spec, dtype)
+    check_disk(out, source, base, autoencoders, spec, dtype)
     pictures = data.prepare(source, encoders, spec, config, device, dtype)
     base_file, old_file = sample.open_parts(base_spec, config.weights)
     new_file, _ = sample.open_autoencoder(spec.autoencoder, config.weights)

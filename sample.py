@@ -573,14 +573,19 @@ def latent_encoder(source: str, folder: str, device: Device, dtype: torch.dtype)
 @torch.no_grad()
 def encode(autoencoder: nn.Module, images: Tensor) -> Tensor:
     """Images (B, 3, H, W) -> latents (B, C, h, w); in tiles if memory is short, as `decode`."""
-    latents = None
-    if images.is_cuda or images[0, 0].numel() <= dcae.TILES_ABOVE:
+    tiled = functools.partial(dcae.tiled_encode, autoencoder)
+    return whole_or_tiled(autoencoder.encode, tiled, images, images[0, 0].numel())
+
+
+def whole_or_tiled(
+    whole: Callable[[Tensor], Tensor], tiled: Callable[[Tensor], Tensor], some: Tensor, pixels: int
+) -> Tensor:
+    """whole(some); where memory does not hold pictures of so many pixels, `tiled` of each."""
+    if some.is_cuda or pixels <= dcae.TILES_ABOVE:
         with suppress(torch.OutOfMemoryError):
-            latents = autoencoder.encode(images)
-    if latents is None:
-        torch.cuda.empty_cache()
-        latents = torch.cat([dcae.tiled_encode(autoencoder, one) for one in images.split(1)])
-    return latents
+            return whole(some)
+    torch.cuda.empty_cache()
+    return torch.cat([tiled(one) for one in some.split(1)])
 
 
 def encode_text(
@@ -683,15 +688,9 @@ def decode(autoencoder: nn.Module, latents: Tensor) -> Tensor:
     pixels = latents[0, 0].numel() * autoencoder.stride**2  # of one picture
     # Small ones together: one alone leaves a GPU idle, and eight toys fit a CPU's caches.
     together = max(1, (2**20 if parameter.is_cuda else 2**17) // pixels)
-    fits = parameter.is_cuda or pixels <= dcae.TILES_ABOVE
+    tiled = functools.partial(dcae.tiled_decode, autoencoder)
     for some in latents.to(parameter.device).split(together):
-        decoded = None
-        with suppress(torch.OutOfMemoryError):
-            decoded = autoencoder.decode(some) if fits else None
-        if decoded is None:
-            torch.cuda.empty_cache()
-            decoded = torch.cat([dcae.tiled_decode(autoencoder, one) for one in some.split(1)])
-        images.append(decoded.float())
+        images.append(whole_or_tiled(autoencoder.decode, tiled, some, pixels).float())
     return torch.cat(images)
 
 

@@ -415,7 +415,7 @@ def is_done(saved: Path, config, notes: dict[str, str]) -> bool:
 
 
 def draw_curve(out: Path) -> None:
-    """curve.png: a panel a stage of the losses in metrics.jsonl, on a log scale; held out in red."""
+    """curve.png: a panel a stage of metrics.jsonl's losses, on a log scale; held out in red."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
     panels = [[*rows] for _, rows in groupby(map(json.loads, lines), lambda row: row["stage"])]
     sheet = Image.new("RGB", (640, 200 * len(panels)), "white")
