@@ -52,7 +52,7 @@ User Prompt: """
 
 
 def read_rows(path: Path, key: str) -> Iterator[tuple[str, dict]]:
-    """(where, row) of each line that is not blank: a JSON object with that key, or a line of .txt."""
+    """(where, row) of each line that is not blank: a JSON object with that key, or a .txt line."""
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
